@@ -1,0 +1,95 @@
+"""What every algorithm is: settings, a way to collect episodes, a way to learn from them.
+
+Shapes: N envs, T steps.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.errors import DiffRLError
+from diffrl.policy import Policy
+from diffrl.types import Trajectory
+
+
+@dataclass
+class Algorithm(ABC):
+    """A dataclass whose fields are its settings: constructing it is configuring it."""
+
+    updates: int = 100  # optimiser steps
+    batch_size: int = 16  # pictures an update
+    micro_batch_size: int = 16  # pictures at a time; gradients of a batch's micro-batches add up
+    learning_rate: float = 1e-3  # of the LoRA weights
+    embedding_learning_rate: float = 1e-2  # of the label embedding
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 5.0  # of LoRA and embedding jointly
+    decay: str = "linear"  # of both learning rates, to 0 after `updates`: linear or constant
+
+    needs_gradient: ClassVar[bool]
+    needs_noise: ClassVar[bool]  # eta > 0: a log-probability or a KL is asked for
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be 1 or more.")
+        if self.batch_size % self.micro_batch_size:
+            raise DiffRLError(
+                f"algo.batch_size={self.batch_size}: algo.micro_batch_size={self.micro_batch_size} does "
+                "not divide it; make one a multiple of the other."
+            )
+        for name in ("learning_rate", "embedding_learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be positive.")
+        check_choice("algo.decay", self.decay, ("linear", "constant"))
+
+    @abstractmethod
+    def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
+        """Return one micro-batch of episodes."""
+
+    @abstractmethod
+    def update(
+        self, trajectories: Iterable[Trajectory], policy: Policy, optimizer: Optimizer
+    ) -> dict[str, float]:
+        """Take one optimiser step and return its metrics.
+
+        `trajectories` is lazy: each micro-batch is collected when it is asked for, so that an algorithm
+        that back-propagates through it holds one graph at a time.
+        """
+
+    def make_optimizer(self, policy: Policy) -> Optimizer:
+        """Return AdamW over the trainable parameters, LoRA and embedding each at its own rate."""
+        groups = [
+            {"params": policy.lora_parameters(), "lr": self.learning_rate},
+            {"params": list(policy.label_embedding.parameters()), "lr": self.embedding_learning_rate},
+        ]
+        return AdamW(groups, weight_decay=self.weight_decay)
+
+    def rate(self, update: int) -> float:
+        """Return the factor on both learning rates at an update, counted from 0."""
+        return 1.0 if self.decay == "constant" else 1 - update / self.updates
+
+    def step(self, policy: Policy, optimizer: Optimizer) -> dict[str, float]:
+        """Clip the gradients, step the optimiser, and return the norms before clipping."""
+        lora, embedding = policy.lora_parameters(), list(policy.label_embedding.parameters())
+        norms = {
+            "train/grad_norm_lora": nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None]),
+            "train/grad_norm_embedding": nn.utils.get_total_norm(
+                [p.grad for p in embedding if p.grad is not None]
+            ),
+        }
+        nn.utils.clip_grad_norm_([*lora, *embedding], self.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {name: float(norm) for name, norm in norms.items()}
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise DiffRLError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise DiffRLError(f"{name}={value}: must be one of {', '.join(allowed)}.")

@@ -1,0 +1,1 @@
+"""What makes, measures and compares models and algorithms."""

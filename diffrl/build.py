@@ -1,0 +1,193 @@
+"""From settings to objects: the model, its policy, its reward.
+
+Shapes: M pictures `[M, 3, S, S]`.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from diffrl import config as settings
+from diffrl.backbones.stable_diffusion import StableDiffusion, fingerprint
+from diffrl.config import Config
+from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.envs.prompts import load_prompts
+from diffrl.errors import DiffRLError
+from diffrl.log import console, progress
+from diffrl.policy import Policy, Pretrained
+from diffrl.rewards.jpeg import Jpeg
+from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.rollout import rollout
+from diffrl.schedule import DDIMSchedule
+from diffrl.types import Reward
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_DRAW_BATCH = 64
+
+
+class Setup:
+    """The loaded model of a config, and what is made from it.
+
+    Raises:
+        DiffRLError: settings that contradict each other, before anything is loaded or written.
+    """
+
+    def __init__(self, config: Config) -> None:
+        _check(config)
+        self.config = config
+        self.device = _device(config.device)
+        self.prompts = load_prompts(config.prompts)
+        self.backbone = StableDiffusion.load(config.env.model).to(self.device)
+        self.schedule = DDIMSchedule(self.backbone.scheduler, config.env.num_steps, config.env.eta).to(
+            self.device
+        )
+
+    def make_policy(self, num_classes: tuple[int, ...]) -> Policy:
+        """Return the policy: the pretrained model with fresh adapters and no control learnt yet."""
+        return Policy(
+            self.backbone.unet,
+            self.schedule,
+            self.backbone.encode_prompts([""]),
+            guidance_scale=self.config.env.guidance_scale,
+            num_classes=num_classes,
+            lora=self.config.policy,
+            seed=self.config.seed,
+        )
+
+    def make_env(self, reward: Reward, num_envs: int) -> DenoisingVectorEnv:
+        """Return an env of this model with `reward`."""
+        return DenoisingVectorEnv(self.backbone, self.schedule, reward, self.prompts, num_envs=num_envs)
+
+    def generator(self, *stream: int) -> torch.Generator:
+        """Return a generator of its own for each purpose: seeded by the run's seed and `stream`."""
+        state = np.random.SeedSequence([self.config.seed, *stream]).generate_state(1, np.uint64)
+        return torch.Generator(self.device).manual_seed(int(state[0] >> 1))
+
+    def num_classes(self) -> tuple[int, ...]:
+        """Return the number of classes of each attribute of the label, before any fit."""
+        count = self.config.reward.num_classes
+        return count if isinstance(count, tuple) else (count,)
+
+    def make_reward(self, policy: Policy, *, refit: bool = False) -> Reward:
+        """Return the reward, fitted and calibrated if it is a learned one and not in the cache."""
+        chosen = self.config.reward
+        if not _is_learned(chosen):
+            return chosen
+        if chosen.classifier:
+            reward = LogLikelihood.load(Path(chosen.classifier))
+            if reward.num_classes != self.num_classes():
+                raise DiffRLError(
+                    f"reward.classifier={chosen.classifier}: it knows {reward.num_classes[0]} classes, "
+                    f"but reward.num_classes={self.num_classes()[0]}; set that to match."
+                )
+            return reward.to(self.device)
+        path = cache_folder() / f"{self._reward_key()}.safetensors"
+        if path.is_file() and not refit:
+            console.print(f"classifier: from the cache, {path}")
+            return LogLikelihood.load(path).to(self.device)
+        drawn = self.config.dataset is None
+        images = self._draw(policy, chosen.num_pictures) if drawn else self._read_folder()
+        fit_generator = torch.Generator().manual_seed(self.config.seed)
+        reward = chosen.fit(images, fit_generator, from_pretrained=drawn)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reward.save(path)
+        return reward.to(self.device)
+
+    def _draw(self, policy: Policy, count: int) -> Tensor:
+        """Return `count` pictures of the pretrained model, uint8: CTRL's offline dataset."""
+        env = self.make_env(Jpeg(), min(_DRAW_BATCH, count))
+        generator, pictures = self.generator(1), []
+        with progress("drawing the offline dataset", count) as bar:
+            for batch in range(-(-count // env.num_envs)):
+                seed = None if batch else self.config.seed
+                images = rollout(env, Pretrained(policy), generator, seed=seed).images
+                pictures.append((255 * images).round().byte().cpu())
+                bar.advance(env.num_envs)
+        return torch.cat(pictures)[:count]
+
+    def _read_folder(self) -> Tensor:
+        """Return the pictures of `dataset`, uint8, all resized to the model's side."""
+        folder, side = Path(str(self.config.dataset)), self.backbone.image_size
+        pictures = []
+        for path in _picture_files(folder):
+            try:
+                with Image.open(path) as picture:
+                    pixels = np.array(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
+            except (UnidentifiedImageError, OSError) as error:
+                raise DiffRLError(f"{path}: not a whole picture ({error}). Remove it.") from error
+            pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
+        return torch.stack(pictures)
+
+    def _reward_key(self) -> str:
+        """Return a hash of all that decides the classifier: model, sampler, prompts, data, settings."""
+        config, digest = self.config, hashlib.sha256()
+        facts = [settings.chosen(config, "reward"), asdict(config.reward), config.seed]
+        if config.dataset is None:
+            env = asdict(config.env) | {"model": fingerprint(config.env.model)}
+            facts += [env, self.prompts, str(self.device.type)]
+        else:
+            facts.append(self.backbone.image_size)
+            for path in _picture_files(Path(config.dataset)):
+                digest.update(path.name.encode() + path.read_bytes())
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        return digest.hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Return where fitted classifiers are kept: $DIFFRL_CACHE, or `diffrl` in the user's cache."""
+    if home := os.environ.get("DIFFRL_CACHE"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffrl"
+
+
+def _is_learned(reward: object) -> bool:
+    return getattr(reward, "learned", False)
+
+
+def _check(config: Config) -> None:
+    name, reward = settings.chosen(config, "algo"), settings.chosen(config, "reward")
+    if config.algo.needs_gradient and not (_is_learned(config.reward) or config.reward.differentiable):
+        raise DiffRLError(
+            f"algo={name} reward={reward}: {name} needs a differentiable reward and {reward!r} is a black "
+            "box. Use reward=compressibility."
+        )
+    if config.algo.needs_noise and config.env.eta == 0:
+        raise DiffRLError(
+            f"algo={name} env.eta=0: without noise a step has no density and no KL. Use env.eta=1."
+        )
+    if config.dataset is not None:
+        _picture_files(Path(config.dataset))
+
+
+def _picture_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DiffRLError(f"dataset={folder}: no such folder. Give a folder of pictures.")
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    stray = [path.name for path in files if path.suffix.lower() not in _SUFFIXES]
+    if not files:
+        raise DiffRLError(f"dataset={folder}: the folder is empty. Put {', '.join(_SUFFIXES)} into it.")
+    if stray:
+        raise DiffRLError(
+            f"dataset={folder}: {stray[0]!r} is not a picture ({len(stray)} of {len(files)} entries are "
+            f"not). Keep only {', '.join(_SUFFIXES)} files in it."
+        )
+    return files
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DiffRLError(f"device={name}: no such device. Use auto, cpu, cuda or cuda:0.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DiffRLError(f"device={name}: PyTorch sees no CUDA device. Use device=cpu.")
+    return device

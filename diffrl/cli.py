@@ -1,0 +1,240 @@
+"""The `diffrl` command. Nothing heavy is imported before a subcommand needs it."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffrl.errors import DiffRLError
+
+_EPILOG = """\
+settings are Hydra's key=value words, after 'train' or 'fit':
+  diffrl train                                      ctrl on the emoji model, in minutes, on a laptop
+  diffrl train algo.gamma=20 seed=1 name=stronger   any setting by its name
+  diffrl train +experiment=emoji_full               a preset; 'diffrl list' shows them
+  diffrl train env=sd15 prompts=my_words.txt        Stable Diffusion v1.5, your prompts
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or 2 for a mistake in what was asked."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        if rest and not hasattr(options, "words"):
+            raise DiffRLError(f"{rest[0]}: no such option of 'diffrl {options.command}'; see --help.")
+        options.words = [*getattr(options, "words", []), *rest]
+        _quieten()
+        options.run(options)
+    except DiffRLError as error:
+        print(f"diffrl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("diffrl: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diffrl",
+        description="RL fine-tuning of diffusion models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    train = add("train", _train, "train a policy; writes runs/NAME")
+    train.add_argument("words", nargs="*", metavar="key=value", help="settings; see 'diffrl list'")
+    fit = add("fit", _fit, "fit and calibrate a learned reward alone")
+    fit.add_argument("words", nargs="*", metavar="key=value", help="settings, such as dataset=FOLDER")
+    fit.add_argument("--out", type=Path, help="also write the classifier to this file")
+
+    evaluate = add("eval", _eval, "measure a run: accuracy by the true measure, KL, cost")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a folder of 'diffrl train'")
+    evaluate.add_argument("-n", type=int, default=512, help="pictures (default 512)")
+    evaluate.add_argument("--seed", type=int, default=42, help="of noise and prompts (default 42)")
+    evaluate.add_argument("--prompts", help="another list or file than the run's")
+    evaluate.add_argument("--control-scale", type=float, default=1.0, help="strength (default 1)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sample = add("sample", _sample, "draw pictures with a run's policy")
+    sample.add_argument("folder", type=Path, metavar="RUN", help="a folder of 'diffrl train'")
+    sample.add_argument("--prompt", required=True, help="what to draw")
+    sample.add_argument("--label", type=int, required=True, help="the control; -1 for none")
+    sample.add_argument("-n", type=int, default=8, help="pictures (default 8)")
+    sample.add_argument("--control-scale", type=float, default=1.0, help="strength (default 1)")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    sample.add_argument("--out", type=Path, help="folder to write to (default RUN/samples)")
+
+    add("list", _list, "show what can be chosen: algorithms, envs, rewards, presets, prompt lists")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from diffrl import config, run
+
+    run.train(config.load(options.words))
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from diffrl import config
+    from diffrl.build import Setup
+    from diffrl.log import console
+    from diffrl.rewards.log_likelihood import LogLikelihood
+    from diffrl.run import describe
+
+    settings = config.load(options.words)
+    if not getattr(settings.reward, "learned", False):
+        raise DiffRLError(
+            f"reward={config.chosen(settings, 'reward')}: a black box, there is nothing to fit. "
+            "Use reward=compressibility."
+        )
+    setup = Setup(settings)
+    reward = setup.make_reward(setup.make_policy(setup.num_classes()))
+    assert isinstance(reward, LogLikelihood)
+    console.print(describe(reward))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        reward.save(options.out)
+        console.print(f"wrote {options.out}; use it with reward.classifier={options.out}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from diffrl import run
+
+    if options.n < 1:
+        raise DiffRLError(f"-n {options.n}: must be 1 or more.")
+    overrides = {"prompts": options.prompts} if options.prompts else {}
+    setup, policy, reward = run.restore(options.folder, overrides)
+    policy.control_scale = options.control_scale
+    measures = run.measure(setup, policy, reward, options.n, options.seed)
+    if options.json:
+        print(json.dumps(measures))
+    else:
+        _show(measures, reward.edges.tolist())
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import torch
+    from PIL import Image
+
+    from diffrl import run
+    from diffrl.log import console, grid
+    from diffrl.rollout import rollout
+    from diffrl.types import to_pixels
+
+    if options.n < 1:
+        raise DiffRLError(f"-n {options.n}: must be 1 or more.")
+    setup, policy, reward = run.restore(options.folder, {})
+    policy.control_scale = options.control_scale
+    env = setup.make_env(reward, options.n)
+    label = torch.full((options.n, 1), options.label)
+    trajectory = rollout(
+        env,
+        policy,
+        torch.Generator(setup.device).manual_seed(options.seed),
+        seed=options.seed,
+        options={"prompts": [options.prompt] * options.n, "label": label},
+    )
+    sizes = reward.measure(trajectory.images).tolist()
+    classes = reward.true_class(trajectory.images).tolist()
+    folder = options.out or options.folder / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{options.prompt.replace(' ', '-').replace('/', '-')}-label{options.label}"
+    for number, pixels in enumerate(to_pixels(trajectory.images)):
+        Image.fromarray(pixels).save(folder / f"{stem}-{number:02d}.png")
+    across = 8
+    rows = list(trajectory.images.split(across))
+    rows[-1] = torch.cat([rows[-1], rows[-1].new_ones(len(rows[0]) - len(rows[-1]), *rows[0].shape[1:])])
+    grid(rows, [""] * len(rows)).save(folder / f"{stem}.png")
+    hits = sum(y == options.label for y in classes)
+    console.print(
+        f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB, "
+        f"{hits} of true class {options.label}"
+        if options.label >= 0
+        else f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB"
+    )
+
+
+def _list(options: argparse.Namespace) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from diffrl import config
+    from diffrl.envs.prompts import LISTS
+    from diffrl.log import console
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("choice", no_wrap=True)
+    table.add_column("what it is")
+    for group, known in config.GROUPS.items():
+        for name, kind in known.items():
+            table.add_row(f"{group}={name}", escape((kind.__doc__ or "").splitlines()[0]))
+    for name, line in config.experiments().items():
+        table.add_row(f"+experiment={name}", line)
+    for name, words in LISTS.items():
+        table.add_row(f"prompts={name}", f"{len(words)} words: {', '.join(words[:5])}, ...")
+    table.add_row("prompts=PATH.txt", "one prompt per line")
+    console.print(table)
+
+
+def _show(measures: dict[str, Any], edges: list[float]) -> None:
+    from rich.table import Table
+
+    from diffrl.log import console
+
+    bounds = [f"> {edges[-1]:.2f} kB"]
+    bounds += [f"{a:.2f} to {b:.2f}" for a, b in zip(edges[-2::-1], edges[:0:-1], strict=True)]
+    bounds += [f"<= {edges[0]:.2f} kB"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("label", "true size", "accuracy", "J", "log Z", "gap (nats)"):
+        table.add_column(heading, justify="right")
+    for y, bound in enumerate(bounds):
+        log_z, gap = (measures[key][y] if measures[key] else None for key in ("log_z", "gap"))
+        table.add_row(
+            str(y),
+            bound,
+            f"{measures['per_class'][y]:.3f}",
+            f"{measures['objective'][y]:.2f}",
+            "-" if log_z is None else f"{log_z:.2f}",
+            "-" if gap is None else f"{gap:.2f}",
+        )
+    console.print(table)
+    fidelity = measures.get("prompt_fidelity")
+    console.print(
+        f"accuracy {measures['accuracy']:.3f}, macro F1 {measures['macro_f1']:.3f}, KL "
+        f"{measures['kl_nats']:.1f} nats, log p {measures['mean_logp']:.2f}"
+        + (f", prompt fidelity {fidelity:.3f}" if fidelity is not None else "")
+    )
+    console.print(
+        f"{measures['n']} pictures, {measures['nfe_per_image']:.0f} network calls and "
+        f"{measures['seconds_per_image']:.3f} s a picture"
+    )
+
+
+def _quieten() -> None:
+    """Keep the libraries' advice (missing torchvision, progress of loading) off the screen."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

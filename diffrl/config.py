@@ -1,0 +1,177 @@
+"""The command line's `key=value` words to settings, through Hydra.
+
+One dataclass a component is its schema: fields, defaults, and a line of help in the comment beside
+each. Presets are YAML in `diffrl/conf/`.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffrl.algorithms.ctrl import CTRL
+from diffrl.envs.emoji import Emoji
+from diffrl.envs.sd15 import SD15
+from diffrl.errors import DiffRLError, unknown, unknown_setting
+from diffrl.policy import LoRA
+from diffrl.rewards.compressibility import Compressibility
+from diffrl.rewards.jpeg import Jpeg
+
+GROUPS: dict[str, dict[str, type]] = {
+    "algo": {"ctrl": CTRL},
+    "env": {"emoji": Emoji, "sd15": SD15},
+    "reward": {"compressibility": Compressibility, "jpeg": Jpeg},
+}
+"""What can be chosen on the command line, by group and name."""
+
+_CONF = Path(__file__).parent / "conf"
+
+
+@dataclass
+class Config:
+    """Everything that decides a run."""
+
+    algo: Any
+    env: Any
+    reward: Any
+    policy: LoRA = field(default_factory=LoRA)
+    prompts: str = "simple_animals"  # a list by name, or a text file with one prompt per line
+    dataset: str | None = None  # folder of pictures to fit the reward on; null: drawn from the model
+    seed: int = 0
+    name: str = ""  # of the run's folder; empty: from algo, env, reward and seed
+    root: str = "runs"  # where runs are kept
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    eval_every: int = 25  # updates between two evaluations
+    eval_pictures: int = 64  # of an evaluation on the way; the last one draws four times as many
+
+
+@dataclass
+class _Schema(Config):
+    defaults: list[Any] = field(
+        default_factory=lambda: [
+            "_self_",
+            {"algo": "ctrl"},
+            {"env": "emoji"},
+            {"reward": "compressibility"},
+        ]
+    )
+    algo: Any = None
+    env: Any = None
+    reward: Any = None
+
+
+def experiments() -> dict[str, str]:
+    """Return `{name: first comment line}` of the presets for `+experiment=`."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
+        for path in sorted((_CONF / "experiment").glob("*.yaml"))
+    }
+
+
+def load(overrides: list[str]) -> Config:
+    """Return the settings that `key=value` words ask for.
+
+    Raises:
+        DiffRLError: a word that does not parse, an unknown group, name or key, a value of the wrong type.
+    """
+    _check_groups(overrides)
+    try:
+        return to_objects(_compose(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, overrides) from error
+
+
+def read(path: Path) -> Config:
+    """Return the settings of a run's `config.yaml`."""
+    if not path.is_file():
+        raise DiffRLError(f"{path.parent}: not a run directory, it has no {path.name}.")
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        words = [f"{group}={stored.pop('_' + group)}" for group in GROUPS]
+        return to_objects(OmegaConf.merge(_compose(words), stored))
+    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise DiffRLError(f"{path}: cannot be read as a run's settings ({error}).") from error
+
+
+def write(config: Config, path: Path) -> None:
+    """Write every setting as YAML, with the names of the chosen components."""
+    stored = {"_" + group: chosen(config, group) for group in GROUPS}
+    stored |= OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore
+    path.write_text(yaml.safe_dump(stored, sort_keys=False), encoding="utf-8")
+
+
+def chosen(config: Config, group: str) -> str:
+    """Return the name under which the config's algo, env or reward is known."""
+    kind = type(getattr(config, group))
+    return next(name for name, known in GROUPS[group].items() if known is kind)
+
+
+def to_objects(composed: Any) -> Config:
+    """Return the composed tree as dataclasses; their own checks run here."""
+    values: dict[str, Any] = {}
+    for key in composed:
+        if key != "defaults":
+            node = composed._get_node(key)
+            values[key] = OmegaConf.to_object(node) if isinstance(node, DictConfig) else composed[key]
+    return Config(**values)
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    store = ConfigStore.instance()
+    store.store(name="config", node=_Schema)
+    for group, known in GROUPS.items():
+        for name, node in known.items():
+            store.store(group=group, name=name, node=node)
+    GlobalHydra.instance().clear()
+    with initialize_config_module("diffrl.conf", version_base="1.3"):
+        return compose("config", overrides=overrides)
+
+
+def _check_groups(overrides: list[str]) -> None:
+    known: dict[str, Collection[str]] = {**GROUPS, "experiment": experiments()}
+    for word in overrides:
+        group, equals, name = word.lstrip("+").partition("=")
+        if not equals:
+            raise DiffRLError(f"{word}: not of the form key=value.")
+        if group in known and name not in known[group]:
+            raise unknown(group, name, known[group])
+
+
+def _explain(error: Exception, overrides: list[str]) -> DiffRLError:
+    """Turn Hydra's several lines into one that names the word that caused them."""
+    text = str(error.__cause__ or error)
+    words: dict[str, Any] = {}
+    for word in overrides:
+        try:
+            words |= {o.key_or_group: o for o in OverridesParser.create().parse_overrides([word])}
+        except HydraException:
+            return DiffRLError(f"{word}: cannot be parsed. Write key=value, with quotes round blanks.")
+    bare = [word for word in overrides if word.lstrip("+").partition("=")[0] in {*GROUPS, "experiment"}]
+    known = _keys(_compose(bare))
+    for key, override in words.items():
+        if key not in known and key not in {*GROUPS, "experiment"}:
+            return unknown_setting(key, known)
+        if re.search(rf"full_key: {re.escape(key.rpartition('.')[2])}\b|{re.escape(key)}\b", text):
+            reason = text.splitlines()[0]
+            return DiffRLError(f"{key}={override.get_value_element_as_str()}: {reason}")
+    return DiffRLError(" ".join(text.split()))
+
+
+def _keys(config: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in config:
+        keys.append(f"{prefix}{key}")
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            keys += _keys(node, f"{prefix}{key}.")
+    return keys

@@ -1,0 +1,210 @@
+"""The trainable policy p(x_{t-1} | x_t, c, y): frozen denoiser, LoRA, label embedding, guidance.
+
+Shapes: N envs, C,H,W latent, A attributes of a label. Source: CTRL, arXiv:2406.12120, section 4.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributions import Independent
+from torch.utils.checkpoint import checkpoint
+
+from diffrl.errors import DiffRLError
+from diffrl.schedule import DDIMSchedule
+from diffrl.types import NO_LABEL, ActorStep, Observation, draw
+
+
+@dataclass
+class LoRA:
+    """The low-rank adapters: their size and the layers they sit on."""
+
+    rank: int = 4  # CTRL, Table 2 (diffusers' default)
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise DiffRLError(f"policy.rank={self.rank}: must be 1 or more.")
+
+
+class LabelEmbedding(nn.Module):
+    """Sum of one embedding per attribute, zero at the start; the null row stays zero for ever.
+
+    Args:
+        num_classes: of each attribute.
+        width: of the time embedding it is added to.
+    """
+
+    def __init__(self, num_classes: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.null: Tensor
+        self.register_buffer("null", torch.zeros(1, width), persistent=False)
+        # padding_idx: the last row gets no gradient, so no optimiser ever moves it from zero
+        self.num_classes = tuple(num_classes)
+        tables = [nn.Embedding(count + 1, width, padding_idx=count) for count in num_classes]
+        for table in tables:
+            nn.init.zeros_(table.weight)
+        self.tables = nn.ModuleList(tables)
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Return `[N, width]` for labels `[N, A]`; NO_LABEL, or A = 0, selects the null row."""
+        total = self.null.expand(len(label), -1)
+        for column, count, table in zip(label.unbind(1), self.num_classes, self.tables, strict=False):
+            total = total + table(column.remainder(count + 1))
+        return total
+
+
+class Policy(nn.Module):
+    """Gaussian policy over x_{t-1}; the reference is the same network with its adapters off.
+
+    Args:
+        unet: the denoiser; it is frozen, then LoRA and the label embedding are added to it.
+        schedule: turns predicted noise into the step's Gaussian.
+        null_embeds: `[1, L, E]`, the empty prompt, for classifier-free guidance.
+        guidance_scale: w in eps_u + w (eps_c - eps_u); at 1 the unconditional half is not run.
+        num_classes: of each attribute of the label.
+        lora: size and place of the adapters.
+        seed: of the adapters' random halves.
+    """
+
+    null_embeds: Tensor
+    unet: Any
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        schedule: DDIMSchedule,
+        null_embeds: Tensor,
+        *,
+        guidance_scale: float,
+        num_classes: Sequence[int] = (),
+        lora: LoRA | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        lora = lora or LoRA()
+        self.schedule = schedule
+        self.guidance_scale = guidance_scale
+        self.control_scale = 1.0
+        self.num_calls = 0  # network evaluations so far: one a sample and guidance half, recomputing aside
+        self.register_buffer("null_embeds", null_embeds, persistent=False)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.rank,
+            target_modules=list(lora.targets),
+            init_lora_weights="gaussian",
+        )
+        device = null_embeds.device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.unet = inject_adapter_in_model(config, unet.requires_grad_(False))
+        self.unet.to(device)
+        self._lora_layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
+        # After the adapters: peft freezes whatever is not LoRA, and an embedding with it.
+        self.label_embedding = LabelEmbedding(
+            num_classes, self.unet.time_embedding.linear_2.out_features
+        ).to(device)
+        self.unet.class_embedding = self.label_embedding  # diffusers adds it to the time embedding
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """Return the adapters' weights."""
+        return [p for name, p in self.unet.named_parameters() if "lora_" in name]
+
+    def forward(self, obs: Observation) -> Independent:
+        """Return the law of x_{t-1} at `obs`, event shape [C, H, W].
+
+        With `control_scale` s other than 1, eps = eps_ref + s (eps - eps_ref): the strength of the
+        control at inference (CTRL, appendix D).
+        """
+        eps = self._guided(obs, obs["label"], adapters=True)
+        if self.control_scale != 1.0:
+            reference = self._guided(obs, self._no_label(obs), adapters=False)
+            eps = reference + self.control_scale * (eps - reference)
+        return self.schedule.step(obs["latents"], eps, obs["timestep"])
+
+    def reference(self, obs: Observation) -> Independent:
+        """Return the pretrained law of x_{t-1} at `obs`: adapters off, no label.
+
+        It is frozen in its weights, not cut from the graph: its mean depends on x_t.
+        """
+        eps = self._guided(obs, self._no_label(obs), adapters=False)
+        return self.schedule.step(obs["latents"], eps, obs["timestep"])
+
+    def begin(self, obs: Observation) -> None:
+        """Nothing to forget: the policy is Markov."""
+
+    def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
+        """Return a reparameterised draw of x_{t-1}."""
+        distribution = self(obs)
+        return ActorStep(draw(distribution, generator), distribution)
+
+    def eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
+        """Return the raw noise prediction `[N, C, H, W]`, without guidance."""
+        out = self.unet(x_t, timestep, prompt_embeds, class_labels=label, return_dict=False)
+        return out[0].to(x_t.dtype)
+
+    def _guided(self, obs: Observation, label: Tensor, *, adapters: bool) -> Tensor:
+        inputs = (obs["latents"], obs["timestep"], obs["prompt_embeds"], label, adapters)
+        self.num_calls += len(label) * self.calls_per_step
+        if not torch.is_grad_enabled():
+            return self._guided_eps(*inputs)
+        return checkpoint(self._guided_eps, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    @property
+    def calls_per_step(self) -> int:
+        """Network evaluations for one guided noise prediction of one sample: 1 or 2."""
+        return 1 if self.guidance_scale == 1.0 else 2
+
+    def _guided_eps(
+        self, x_t: Tensor, timestep: Tensor, embeds: Tensor, label: Tensor, adapters: bool
+    ) -> Tensor:
+        # The switch is inside, because checkpointing runs this again during the backward pass.
+        with self._adapters(adapters):
+            if self.guidance_scale == 1.0:
+                return self.eps(x_t, timestep, embeds, label)
+            null_label = torch.full_like(label, NO_LABEL)
+            null_embeds = self.null_embeds.expand_as(embeds)
+            both = self.eps(
+                torch.cat([x_t, x_t]),
+                torch.cat([timestep, timestep]),
+                torch.cat([null_embeds, embeds]),
+                torch.cat([null_label, label]),
+            )
+        unconditional, conditional = both.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    @contextmanager
+    def _adapters(self, enabled: bool) -> Iterator[None]:
+        # Not peft's enable_adapters: that also flips requires_grad, and a gradient arriving while
+        # it is off would be dropped without a word.
+        for layer in self._lora_layers:
+            layer._disable_adapters = not enabled
+        try:
+            yield
+        finally:
+            for layer in self._lora_layers:
+                layer._disable_adapters = False
+
+    @staticmethod
+    def _no_label(obs: Observation) -> Tensor:
+        return torch.full_like(obs["label"], NO_LABEL)
+
+
+class Pretrained:
+    """The reference as an actor: the pretrained model, whatever its policy has learnt since."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def begin(self, obs: Observation) -> None:
+        """Nothing to forget."""
+
+    def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
+        """Return a draw of x_{t-1} from the pretrained law."""
+        distribution = self.policy.reference(obs)
+        return ActorStep(draw(distribution, generator), distribution)

@@ -1,0 +1,183 @@
+"""The only training loop, and the folder it writes.
+
+`runs/<name>/`: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `pictures/`, `classifier.safetensors`,
+`pytorch_lora_weights.safetensors`, `control.safetensors`, `evaluation.json`.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffrl import checkpoint
+from diffrl import config as settings
+from diffrl.build import Setup
+from diffrl.config import Config
+from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.errors import DiffRLError
+from diffrl.evaluate import control_grid, evaluate, load_judge
+from diffrl.log import RunLog, console, progress
+from diffrl.policy import Policy
+from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.types import Trajectory
+
+CONFIG_FILE = "config.yaml"
+CLASSIFIER_FILE = "classifier.safetensors"
+_EVAL_ENVS = 64  # chosen: as many pictures at a time as two cores like
+_GRID_ENVS = 8
+
+
+def train(config: Config) -> Path:
+    """Fit the reward if it is a learned one, train the policy, and return the run's folder."""
+    begin = time.perf_counter()
+    folder = _folder(config)
+    setup = Setup(config)
+    policy = setup.make_policy(setup.num_classes())
+    reward = setup.make_reward(policy)
+    folder.mkdir(parents=True)
+    settings.write(config, folder / CONFIG_FILE)
+    if isinstance(reward, LogLikelihood):
+        reward.save(folder / CLASSIFIER_FILE)
+        console.print(describe(reward))
+    torch.manual_seed(config.seed)
+    with RunLog(folder) as log:
+        log.write(0, {"time/setup_seconds": time.perf_counter() - begin} | _report(reward))
+        Run(setup, policy, reward, log).loop()
+        checkpoint.save(policy, folder)
+    minutes = (time.perf_counter() - begin) / 60
+    console.print(f"[bold]{folder}[/]: done in {minutes:.1f} minutes. Next: diffrl eval {folder}")
+    return folder
+
+
+class Run:
+    """One policy in one env with one algorithm, for `algo.updates` updates."""
+
+    def __init__(self, setup: Setup, policy: Policy, reward: Any, log: RunLog) -> None:
+        self.config, self.setup, self.policy, self.reward, self.log = (
+            setup.config, setup, policy, reward, log,
+        )  # fmt: skip
+        self.env = setup.make_env(reward, self.config.algo.micro_batch_size)
+        self.env.reset(seed=self.config.seed)
+        self.generator = setup.generator(2)
+
+    def loop(self) -> None:
+        """Train, evaluating every `eval_every` updates and at the end."""
+        algo = self.config.algo
+        optimizer = algo.make_optimizer(self.policy)
+        base = [group["lr"] for group in optimizer.param_groups]
+        self._evaluate(0, self.config.eval_pictures)
+        with progress(settings.chosen(self.config, "algo"), algo.updates) as bar:
+            for update in range(algo.updates):
+                for group, rate in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = rate * algo.rate(update)
+                begin, calls = time.perf_counter(), self.policy.num_calls
+                hits: list[torch.Tensor] = []
+                metrics = algo.update(self._collect(hits), self.policy, optimizer)
+                metrics |= {
+                    "rollout/accuracy": float(torch.cat(hits).float().mean()),
+                    "time/seconds_per_image": (time.perf_counter() - begin) / algo.batch_size,
+                    "time/calls_per_image": (self.policy.num_calls - calls) / algo.batch_size,
+                    "train/learning_rate": base[0] * algo.rate(update),
+                }
+                self.log.write(update + 1, metrics)
+                bar.advance(note=_note(metrics))
+                if (update + 1) % self.config.eval_every == 0 and update + 1 < algo.updates:
+                    self._evaluate(update + 1, self.config.eval_pictures)
+        self._evaluate(algo.updates, 4 * self.config.eval_pictures)
+
+    def _collect(self, hits: list[torch.Tensor]) -> Iterator[Trajectory]:
+        """Yield an update's micro-batches one by one, noting which pictures hit their class."""
+        algo = self.config.algo
+        for _ in range(algo.batch_size // algo.micro_batch_size):
+            trajectory = algo.collect(self.env, self.policy, self.generator)
+            label = trajectory.context.label[:, 0].cpu()
+            hits.append(self.reward.true_class(trajectory.images) == label)
+            yield trajectory
+
+    def _evaluate(self, update: int, num_pictures: int) -> None:
+        measures = measure(self.setup, self.policy, self.reward, num_pictures)
+        self.log.write(update, {f"eval/{name}": value for name, value in measures.items()})
+        picture = picture_grid(self.setup, self.policy, self.reward)
+        path = self.log.picture(update, "grid", picture)
+        console.print(
+            f"update {update}: accuracy {measures['accuracy']:.2f}, KL {measures['kl_nats']:.1f} nats, "
+            f"{path}"
+        )
+
+
+def measure(
+    setup: Setup, policy: Policy, reward: LogLikelihood, num_pictures: int, seed: int = 42
+) -> dict[str, Any]:
+    """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
+    env = setup.make_env(reward, min(_EVAL_ENVS, num_pictures))
+    gamma = getattr(setup.config.algo, "gamma", 1.0)
+    judge = load_judge(setup.config.env.model)
+    if judge is not None:
+        judge.to(setup.device)
+    return evaluate(env, policy, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge)
+
+
+def picture_grid(setup: Setup, policy: Policy, reward: LogLikelihood) -> Any:
+    """Return the grid of an evaluation: rows are labels, columns the first prompts, the same noise."""
+    env: DenoisingVectorEnv = setup.make_env(reward, _GRID_ENVS)
+    return control_grid(env, policy, setup.prompts[:_GRID_ENVS])
+
+
+def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, LogLikelihood]:
+    """Return a finished run's model, its trained policy and its reward.
+
+    Args:
+        path: the run's folder.
+        overrides: settings of `Config` to replace, such as the prompts.
+    """
+    if not path.is_dir():
+        raise DiffRLError(f"{path}: no such run. 'ls runs' shows those in the default place.")
+    config = settings.read(path / CONFIG_FILE)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    setup = Setup(config)
+    reward = LogLikelihood.load(path / CLASSIFIER_FILE).to(setup.device)
+    policy = setup.make_policy(reward.num_classes)
+    checkpoint.load(policy, path)
+    return setup, policy, reward
+
+
+def describe(reward: LogLikelihood) -> str:
+    """Return the fit's report in a line or two."""
+    report = reward.report
+    edges = ", ".join(f"{edge:.2f}" for edge in reward.edges.tolist())
+    return (
+        f"classifier: accuracy {report.accuracy:.3f}, NLL {report.nll_before:.3f} -> {report.nll:.3f} at "
+        f"temperature {report.temperature:.2f}, ECE {report.ece:.3f} on {report.num_held_out} held-out "
+        f"pictures; edges {edges} kB, {list(report.class_counts)} pictures a class"
+    )
+
+
+def save_evaluation(path: Path, measures: dict[str, Any]) -> None:
+    """Write an evaluation beside the run it belongs to."""
+    (path / "evaluation.json").write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
+
+
+def _report(reward: Any) -> dict[str, Any]:
+    if not isinstance(reward, LogLikelihood):
+        return {}
+    return {f"classifier/{name}": value for name, value in asdict(reward.report).items()}
+
+
+def _note(metrics: dict[str, float]) -> str:
+    return (
+        f"log p {metrics['rollout/reward_mean']:.2f}  KL {metrics['rollout/kl']:.1f}  "
+        f"J {metrics['rollout/objective']:.1f}  accuracy {metrics['rollout/accuracy']:.2f}"
+    )
+
+
+def _folder(config: Config) -> Path:
+    parts = [settings.chosen(config, group) for group in ("algo", "env", "reward")]
+    folder = Path(config.root) / (config.name or "-".join([*parts, f"seed{config.seed}"]))
+    if folder.exists():
+        raise DiffRLError(f"{folder}: the run directory exists. Give another with name=..., or delete it.")
+    return folder

@@ -1,0 +1,91 @@
+"""The DDIM step as a Gaussian policy: coefficients as data, one line of mathematics each.
+
+Shapes: N samples, T steps. Notation: A = alpha_bar_t, P = alpha_bar of the step's target.
+Source: DDIM, arXiv:2010.02502, eq. 12 and 16.
+"""
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from diffrl.errors import DiffRLError
+
+
+class DDIMSchedule(nn.Module):
+    """T steps of DDIM at `eta`, spaced and bounded as a diffusers scheduler says.
+
+    Args:
+        scheduler: gives alpha_bar, the spacing, and alpha_bar after the last step.
+        num_steps: T.
+        eta: 0 is deterministic, 1 is DDPM's posterior variance.
+    """
+
+    timesteps: Tensor  # [T], falling
+    alpha_bar: Tensor  # A, [T]
+    alpha_bar_prev: Tensor  # P, [T]
+    sigma: Tensor  # [T]
+    x_gain: Tensor  # d mean / d x_t at fixed eps, [T]
+    eps_gain: Tensor  # d mean / d eps at fixed x_t, [T]
+    _index: Tensor
+
+    def __init__(self, scheduler: DDIMScheduler, num_steps: int, eta: float) -> None:
+        super().__init__()
+        limit = scheduler.config.num_train_timesteps
+        if not 1 <= num_steps <= limit:
+            raise DiffRLError(f"num_steps={num_steps}: must be between 1 and {limit}.")
+        if not 0 <= eta <= 1:
+            raise DiffRLError(f"eta={eta}: must be between 0 and 1.")
+        if scheduler.config.prediction_type != "epsilon":
+            raise DiffRLError(
+                f"prediction_type={scheduler.config.prediction_type}: only 'epsilon' is supported."
+            )
+        if scheduler.config.clip_sample or scheduler.config.thresholding:
+            raise DiffRLError(
+                "the scheduler clips x_0 (clip_sample or thresholding): latents have no such range. "
+                "Set both to false in scheduler_config.json."
+            )
+        scheduler = DDIMScheduler.from_config(scheduler.config)
+        scheduler.set_timesteps(num_steps)
+        timesteps = scheduler.timesteps.long()
+        stride = limit // num_steps
+        prev = timesteps - stride
+        every = scheduler.alphas_cumprod.double()
+        a = every[timesteps]
+        p = torch.where(prev >= 0, every[prev.clamp(min=0)], scheduler.final_alpha_cumprod.double())
+        sigma = eta * ((1 - p) / (1 - a) * (1 - a / p)).clamp(min=0).sqrt()
+
+        self.num_steps, self.eta = num_steps, eta
+        self.register_buffer("timesteps", timesteps, persistent=False)
+        index = torch.full((limit,), -1)
+        index[timesteps] = torch.arange(num_steps)
+        self.register_buffer("_index", index, persistent=False)
+        # mu = x_gain * x_t + eps_gain * eps, the two coefficients of DDIM eq. 12
+        x_gain = (p / a).sqrt()
+        eps_gain = (1 - p - sigma**2).sqrt() - (p * (1 - a) / a).sqrt()
+        table = {"alpha_bar": a, "alpha_bar_prev": p, "sigma": sigma}
+        table |= {"x_gain": x_gain, "eps_gain": eps_gain}
+        for name, values in table.items():
+            self.register_buffer(name, values.float(), persistent=False)
+
+    @property
+    def kappa(self) -> Tensor:
+        """KL in nats of one step for a unit change of |eps|^2, [T]: eps_gain^2 / (2 sigma^2)."""
+        return self.eps_gain.square() / (2 * self.sigma.square())
+
+    def step(self, x_t: Tensor, eps: Tensor, timestep: Tensor) -> Independent:
+        """Return the law of x_{t-1} given x_t and the predicted noise; event shape [C, H, W].
+
+        Args:
+            x_t: `[N, C, H, W]`.
+            eps: `[N, C, H, W]`.
+            timestep: `[N]`, each one of `timesteps`.
+        """
+        index = self._index[timestep]
+        shape = (-1,) + (1,) * (x_t.dim() - 1)
+        x_gain, eps_gain, sigma = (
+            table[index].view(shape) for table in (self.x_gain, self.eps_gain, self.sigma)
+        )
+        mean = x_gain * x_t + eps_gain * eps
+        normal = Normal(mean, sigma.expand_as(mean), validate_args=False)
+        return Independent(normal, x_t.dim() - 1, validate_args=False)

@@ -1,0 +1,100 @@
+"""The words every other module speaks in.
+
+Shapes: N envs, T steps, C,H,W latent, A attributes a label has, L tokens, E width of a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Independent
+
+NO_LABEL = -1
+"""The null label: no control. Its embedding is zero and never learns."""
+
+
+class Observation(TypedDict):
+    """The state s_t = (x_t, t, c, y) of N denoising processes."""
+
+    latents: Tensor  # x_t, [N, C, H, W], float32
+    timestep: Tensor  # the scheduler's integer, [N], int64
+    prompt_embeds: Tensor  # [N, L, E], float32
+    label: Tensor  # y, [N, A], int64, NO_LABEL where there is none
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a picture is asked to be: the arguments of a reward besides the picture itself."""
+
+    prompts: Sequence[str]  # N of them
+    prompt_embeds: Tensor  # [N, L, E]
+    label: Tensor  # [N, A], int64
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class ActorStep:
+    """One action: x_{t-1} and the Gaussian it was drawn from, where there is one."""
+
+    prev_sample: Tensor  # [N, C, H, W]
+    distribution: Independent | None
+
+
+class Actor(Protocol):
+    """Anything that chooses x_{t-1}: a policy, or a guidance method."""
+
+    def begin(self, obs: Observation) -> None:
+        """Forget the last episode; `obs` is the first of a new one."""
+        ...
+
+    def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
+        """Return the action at `obs`, every draw from `generator`."""
+        ...
+
+
+class Reward(Protocol):
+    """A score of finished pictures."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients flow from the score to the pictures."""
+        ...
+
+    @property
+    def num_classes(self) -> tuple[int, ...]:
+        """Of each attribute of the label it reads; () if it reads none."""
+        ...
+
+    def __call__(self, images: Tensor, context: Context) -> Tensor:
+        """Return `[N]` float32 for `images` `[N, 3, H, W]` in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """N whole episodes. Tensors carry a graph where the rollout was asked for gradients."""
+
+    latents: list[Tensor]  # x_T, ..., x_0: T + 1 of [N, C, H, W], detached
+    timesteps: list[int]  # the scheduler's, T of them
+    log_prob: Tensor | None  # of each action, nats, [T, N], detached
+    kl: Tensor | None  # to the reference at each step, nats, [T, N]
+    reward: Tensor  # [N]
+    images: Tensor  # decoded x_0, [N, 3, H, W] in [0, 1], detached
+    context: Context
+
+
+def draw(distribution: Independent, generator: torch.Generator) -> Tensor:
+    """Return a reparameterised sample: gradients flow through mean and scale, not the noise."""
+    mean = distribution.mean
+    noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
+    return mean + distribution.stddev * noise.to(mean.device)
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Return pictures `[N, 3, S, S]` in [0, 1] as uint8 `[N, S, S, 3]`, rounded."""
+    return (255 * images.detach()).round().byte().permute(0, 2, 3, 1).cpu().numpy()

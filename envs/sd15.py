@@ -1,0 +1,23 @@
+"""Stable Diffusion v1.5, and any checkpoint of its layout, as an env."""
+
+from dataclasses import dataclass
+
+from diffrl.errors import DiffRLError
+
+
+@dataclass
+class SD15:
+    """The MDP over Stable Diffusion v1.5's latents: 64 x 64 x 4, pictures of 512 px."""
+
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or diffusers folder
+    num_steps: int = 50  # T; CTRL, Table 2
+    eta: float = 1.0  # DDIM's: 0 deterministic, 1 as much noise as DDPM
+    guidance_scale: float = 7.5  # CTRL, Table 2; 1 switches guidance off
+
+    def __post_init__(self) -> None:
+        if self.guidance_scale < 1:
+            raise DiffRLError(f"env.guidance_scale={self.guidance_scale}: must be 1 or more.")
+        if not 0 <= self.eta <= 1:
+            raise DiffRLError(f"env.eta={self.eta}: must be between 0 and 1.")
+        if self.num_steps < 1:
+            raise DiffRLError(f"env.num_steps={self.num_steps}: must be 1 or more.")

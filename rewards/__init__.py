@@ -1,0 +1,1 @@
+"""Scores of finished pictures, and how learned ones are fitted."""
