@@ -28,9 +28,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffrl.benchmarks import emoji_data
+from diffrl.envs.emoji import ASSET
 from diffrl.rewards.prompt_fidelity import PromptFidelity
 
-ASSET = Path(__file__).resolve().parents[1] / "diffrl" / "assets" / "emoji"
 MAX_TOKENS = 16  # chosen: the longest name has three words
 
 

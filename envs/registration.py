@@ -1,4 +1,4 @@
-"""The envs under their Gymnasium ids: `gymnasium.make_vec("diffrl/Emoji-v0", num_envs=8)`."""
+"""The envs under their Gymnasium ids: `gymnasium.make_vec("diffrl:diffrl/Emoji-v0", num_envs=8)`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _IDS = {"diffrl/Emoji-v0": "emoji", "diffrl/SD15-v0": "sd15"}
 
 
 def register_envs() -> None:
-    """Register every env; called by Gymnasium itself through the package's entry point."""
+    """Register every env; called when `diffrl` is imported."""
     for env_id in _IDS:
         if env_id not in registry:
             register(

@@ -1,0 +1,246 @@
+import pytest
+import torch
+from conftest import assert_close
+from test_policy import learn_a_little, make_policy
+
+from diffrl.algorithms.ctrl import CTRL
+from diffrl.algorithms.truncation import Truncation
+from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.errors import DiffRLError
+from diffrl.rollout import rollout
+
+
+class Smooth:
+    """A differentiable stand-in for log p(y|x): minus a squared distance that depends on the label."""
+
+    differentiable = True
+    num_classes = (3,)
+
+    def __call__(self, images, context):
+        return -((images.mean((2, 3)) - 0.2 * context.label) ** 2).sum(1) * 50
+
+
+def make(tiny, num_envs=2, num_steps=4, guidance_scale=2.0):
+    policy = make_policy(tiny, num_steps=num_steps, guidance_scale=guidance_scale, double=True)
+    tiny.double()
+    env = DenoisingVectorEnv(tiny, policy.schedule, Smooth(), ["cat", "dog"], num_envs=num_envs)
+    learn_a_little(policy)
+    return policy, env
+
+
+def objective(env, policy, grad_steps, gamma=2.0, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    trajectory = rollout(
+        env, policy, generator, reference=policy.reference, grad_steps=grad_steps, seed=seed
+    )
+    return (gamma * trajectory.reward - trajectory.kl.sum(0)).mean()
+
+
+def trainable(policy):
+    return [*policy.lora_parameters(), *policy.label_embedding.parameters()]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_gradient_equals_finite_differences(tiny, guidance_scale):
+    policy, env = make(tiny, guidance_scale=guidance_scale)
+    parameters = trainable(policy)
+    gradients = torch.autograd.grad(objective(env, policy, grad_steps=4), parameters)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):  # random directions in parameter space
+        direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+        direction[-1][-1] = 0  # the null row does not learn
+        slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+        values, h = [], 1e-5
+        for sign in (1, -2, 1):
+            with torch.no_grad():
+                for p, d in zip(parameters, direction, strict=True):
+                    p += sign * h * d
+                values.append(float(objective(env, policy, grad_steps=0)))
+        assert_close((values[0] - values[1]) / (2 * h), slope, atol=0, rtol=1e-5)
+
+
+def test_the_reference_is_part_of_the_kl_gradient(tiny):
+    """Cutting mu_ref from the graph must change the gradient: this is what the finite differences see."""
+    policy, env = make(tiny)
+
+    def cut(obs):
+        with torch.no_grad():
+            return policy.reference(obs)
+
+    gradients = []
+    for reference in (policy.reference, cut):
+        generator = torch.Generator().manual_seed(5)
+        trajectory = rollout(env, policy, generator, reference=reference, grad_steps=4, seed=5)
+        gradients.append(torch.autograd.grad(trajectory.kl.sum(), policy.lora_parameters()[1])[0])
+    assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
+
+
+def test_truncation_equals_detaching_the_noise_prediction(tiny):
+    """Steps that are not kept, by hand: the same chain with eps.detach() there."""
+    policy, env = make(tiny)
+    kept = [True, False, True, False]
+    fast = torch.autograd.grad(objective(env, policy, kept), policy.lora_parameters())
+
+    class Detaching:
+        def begin(self, obs):
+            self.i = -1
+
+        def laws(self, obs, keep):
+            eps = policy._guided(obs, obs["label"], adapters=True)
+            eps_ref = policy._guided(obs, policy._no_label(obs), adapters=False)
+            if not keep:
+                eps, eps_ref = eps.detach(), eps_ref.detach()
+            step = policy.schedule.step
+            return [step(obs["latents"], e, obs["timestep"]) for e in (eps, eps_ref)]
+
+        def act(self, obs, generator):
+            from diffrl.types import ActorStep, draw
+
+            self.i += 1
+            law, self.reference = self.laws(obs, kept[self.i])
+            return ActorStep(draw(law, generator), law)
+
+    actor = Detaching()
+    generator = torch.Generator().manual_seed(5)
+    trajectory = rollout(env, actor, generator, reference=lambda obs: actor.reference, grad_steps=4, seed=5)
+    by_hand = (2.0 * trajectory.reward - trajectory.kl.sum(0)).mean()
+    slow = torch.autograd.grad(by_hand, policy.lora_parameters())
+    for a, b in zip(fast, slow, strict=True):
+        assert_close(a, b, atol=1e-12, rtol=1e-7)
+
+
+def test_no_graph_is_kept_without_gradient_steps(tiny):
+    policy, env = make(tiny)
+    assert not objective(env, policy, grad_steps=0).requires_grad
+
+
+def test_micro_batches_add_up_to_the_whole_batch(tiny):
+    policy, env = make(tiny, num_envs=4)
+    whole = CTRL(batch_size=4, micro_batch_size=4, max_grad_norm=1e9)
+    halves = CTRL(batch_size=4, micro_batch_size=2, max_grad_norm=1e9)
+    trajectory = rollout(
+        env,
+        policy,
+        torch.Generator().manual_seed(0),
+        reference=policy.reference,
+        grad_steps=4,
+        seed=0,
+    )
+
+    def gradient_of(algorithm, trajectories):
+        class Recorder:
+            def step(self):
+                self.gradients = [p.grad.clone() for p in trainable(policy)]
+
+            def zero_grad(self):
+                for p in trainable(policy):
+                    p.grad = None
+
+        recorder = Recorder()
+        metrics = algorithm.update(trajectories, policy, recorder)
+        return recorder.gradients, metrics
+
+    from dataclasses import replace
+
+    parts = [
+        replace(trajectory, reward=trajectory.reward[half], kl=trajectory.kl[:, half])
+        for half in (slice(0, 2), slice(2, 4))
+    ]
+    for part in parts:  # one graph serves both halves here, as it never does in training
+        part.reward.mean().backward(retain_graph=True)
+    for p in trainable(policy):
+        p.grad = None
+    backward = torch.Tensor.backward
+    torch.Tensor.backward = lambda self: backward(self, retain_graph=True)
+    try:
+        (a, metrics_a), (b, metrics_b) = gradient_of(whole, [trajectory]), gradient_of(halves, parts)
+    finally:
+        torch.Tensor.backward = backward
+    for x, y in zip(a, b, strict=True):
+        assert_close(x, y, atol=1e-10, rtol=1e-8)
+    for name in metrics_a:
+        assert_close(metrics_a[name], metrics_b[name], atol=1e-6, rtol=1e-6)
+
+
+def test_mean_kl_with_gamma_trains_as_summed_kl_with_gamma_times_dims(tiny):
+    """gamma * r - KL / d is 1/d of (gamma d) * r - KL."""
+    policy, env = make(tiny)
+    dims = 4 * 8 * 8
+    directions = []
+    for algorithm in (
+        CTRL(gamma=3.0, kl_reduction="mean", batch_size=2, micro_batch_size=2, max_grad_norm=1e9),
+        CTRL(gamma=3.0 * dims, kl_reduction="sum", batch_size=2, micro_batch_size=2, max_grad_norm=1e9),
+    ):
+        env.reset(seed=3)
+        trajectory = algorithm.collect(env, policy, torch.Generator().manual_seed(1))
+        optimizer = torch.optim.SGD(trainable(policy), lr=0.0)
+        gradients = []
+        optimizer.register_step_pre_hook(
+            lambda *_, out=gradients: out.extend(p.grad.clone() for p in trainable(policy))
+        )
+        algorithm.update([trajectory], policy, optimizer)
+        directions.append(torch.cat([g.flatten() for g in gradients]))
+    # each loss is divided by its own gamma: -(r - KL / (gamma d)) both times
+    assert_close(directions[0], directions[1], atol=1e-12, rtol=1e-8)
+
+
+def test_training_raises_the_objective(tiny):
+    policy, env = make(tiny, num_envs=8)
+    algorithm = CTRL(updates=15, batch_size=8, micro_batch_size=8, gamma=10.0, learning_rate=1e-2)
+    optimizer = algorithm.make_optimizer(policy)
+    generator = torch.Generator().manual_seed(0)
+    before = objective(env, policy, 0, gamma=10.0)
+    for _ in range(algorithm.updates):
+        algorithm.update([algorithm.collect(env, policy, generator)], policy, optimizer)
+    assert objective(env, policy, 0, gamma=10.0) > before + 1
+
+
+class TestTruncation:
+    def count(self, truncation, steps=10, draws=4000):
+        generator = torch.Generator().manual_seed(0)
+        kept = torch.tensor([truncation.kept(steps, generator) for _ in range(draws)], dtype=torch.double)
+        return kept
+
+    def test_uniform_per_trajectory_keeps_a_suffix_of_every_length(self):
+        kept = self.count(Truncation(kind="uniform", draw="trajectory"))
+        assert (kept.diff(dim=1) >= 0).all()  # once kept, always kept
+        # K uniform on 0..9, step i is kept with probability (i + 1) / 10
+        assert_close(kept.mean(0), (torch.arange(10) + 1) / 10, atol=0.03)
+
+    def test_per_step_draws_keep_each_step_independently_as_ctrl_s_code_does(self):
+        # K uniform on 0..10, both included: step i is kept with probability (i + 1) / 11
+        kept = self.count(Truncation(kind="uniform", draw="step", low=0, high=10))
+        assert_close(kept.mean(0), (torch.arange(10) + 1) / 11, atol=0.03)
+        covariance = torch.cov(kept.T)
+        assert_close(covariance - covariance.diag().diag(), torch.zeros(10, 10), atol=0.03)
+
+    def test_fixed_cuts_the_first_low_steps(self):
+        kept = Truncation(kind="fixed", low=7).kept(10, torch.Generator())
+        assert kept == [False] * 7 + [True] * 3
+
+    @pytest.mark.parametrize(
+        "settings", [{"kind": "gauss"}, {"draw": "epoch"}, {"low": -1}, {"low": 3, "high": 2}]
+    )
+    def test_impossible_settings_are_refused(self, settings):
+        with pytest.raises(DiffRLError, match=r"algo\.truncation"):
+            Truncation(**settings)
+
+    def test_cutting_every_step_is_refused(self):
+        with pytest.raises(DiffRLError, match="all of the 10 steps"):
+            Truncation(low=10).kept(10, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gamma": -1.0},
+        {"kl_reduction": "max"},
+        {"updates": 0},
+        {"batch_size": 10, "micro_batch_size": 4},
+        {"learning_rate": 0.0},
+        {"decay": "cosine"},
+    ],
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(DiffRLError, match=next(iter(settings))):
+        CTRL(**settings)

@@ -1,0 +1,97 @@
+"""Shared fixtures: tiny random checkpoints of the Stable Diffusion layout, and the only comparison."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TERM="dumb")
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffrl.backbones.stable_diffusion import StableDiffusion
+from diffrl.benchmarks.pretrain_emoji import make_scheduler, make_tokenizer
+from diffrl.envs.emoji import ASSET
+
+torch.set_num_threads(2)
+
+
+def assert_close(actual, expected, *, atol, rtol=0.0):
+    """The only comparison of numbers: refuses tolerances that cannot fail, and NaN."""
+    assert rtol <= 0.1, f"rtol={rtol} accepts anything"
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    assert actual.isfinite().all(), actual
+    torch.testing.assert_close(actual.double(), expected.double(), atol=atol, rtol=rtol, check_device=False)
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """Write a random Stable Diffusion checkpoint: 8 x 8 latents, 16 px pictures."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(["cat", "dog", "bee"])
+    end = tokenizer.eos_token_id
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=end - 1,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny(tiny_path) -> StableDiffusion:
+    return StableDiffusion.load(str(tiny_path))
+
+
+@pytest.fixture
+def emoji() -> StableDiffusion:
+    return StableDiffusion.load(str(ASSET))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DIFFRL_CACHE", str(tmp_path_factory.mktemp("cache")))
