@@ -98,7 +98,10 @@ def read(path: Path) -> Config:
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
         words = [f"{group}={stored.pop('_' + group)}" for group in GROUPS]
-        return to_objects(OmegaConf.merge(_compose(words), stored))
+        composed = _compose(words)
+        for key in set(_keys(composed)) - set(_keys(OmegaConf.create(stored))) - {"defaults"}:
+            raise ValueError(f"{key!r} is missing; is the file cut short?")
+        return to_objects(OmegaConf.merge(composed, stored))
     except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise DiffRLError(f"{path}: cannot be read as a run's settings ({error}).") from error
 

@@ -1,0 +1,234 @@
+"""The commands as a user types them, on a tiny checkpoint; each mistake is one line and exit code 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from diffrl.cli import main
+
+FAST = [
+    "env.num_steps=2",
+    "algo.updates=2",
+    "algo.batch_size=4",
+    "algo.micro_batch_size=2",
+    "reward.num_pictures=40",
+    "reward.num_classes=2",
+    "eval_every=1",
+    "eval_pictures=4",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_path, tmp_path_factory):
+    """Return the folder of a finished tiny run."""
+    root = tmp_path_factory.mktemp("runs")
+    assert main(["train", f"env.model={tiny_path}", f"root={root}", "name=one", *FAST]) == 0
+    return root / "one"
+
+
+def fails(capsys, *argv):
+    """Return the one line that a wrong command prints."""
+    assert main([str(word) for word in argv]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("diffrl: ")
+    return lines[0]
+
+
+class TestTrain:
+    def test_it_writes_everything_a_run_is(self, run):
+        names = {path.name for path in run.iterdir()}
+        assert names == {
+            "config.yaml",
+            "metrics.jsonl",
+            "tensorboard",
+            "pictures",
+            "classifier.safetensors",
+            "pytorch_lora_weights.safetensors",
+            "control.safetensors",
+        }
+        assert list((run / "tensorboard").glob("events*"))
+        grids = sorted((run / "pictures").iterdir())
+        assert [path.name for path in grids] == ["grid-0000.png", "grid-0001.png", "grid-0002.png"]
+        with Image.open(grids[-1]) as picture:
+            assert picture.width > picture.height > 3 * 128  # no label and two labels
+
+    def test_every_update_logs_what_the_readme_promises(self, run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        updates = [line for line in lines if "train/loss" in line]
+        assert [line["update"] for line in updates] == [1, 2]
+        for line in updates:
+            assert line["time/calls_per_image"] == 2 * 2 * 2  # steps, policy and reference, guidance
+            for name in (
+                "rollout/reward_mean",
+                "rollout/kl",
+                "rollout/kl_mean",
+                "rollout/objective",
+                "rollout/accuracy",
+                "train/grad_norm_lora",
+                "train/grad_norm_embedding",
+                "time/seconds_per_image",
+            ):
+                assert isinstance(line[name], float), name
+        assert updates[0]["rollout/kl"] == 0.0  # the policy starts as the reference
+        assert updates[1]["rollout/kl"] > 0.0
+
+    def test_the_same_seed_gives_the_same_numbers_and_the_classifier_is_not_refitted(
+        self, run, tiny_path, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.setenv("DIFFRL_CACHE", str(tmp_path / "cache"))
+        command = ["train", f"env.model={tiny_path}", f"root={tmp_path}", *FAST]
+        assert main([*command, "name=a"]) == 0
+        assert "drawing the offline dataset" in capsys.readouterr().out
+        assert main([*command, "name=b"]) == 0
+        assert "from the cache" in capsys.readouterr().out
+        weights = [
+            (folder / "pytorch_lora_weights.safetensors").read_bytes()
+            for folder in (run, tmp_path / "a", tmp_path / "b")
+        ]
+        assert weights[0] == weights[1] == weights[2]
+
+    def test_an_existing_run_is_left_alone(self, run, tiny_path, capsys):
+        before = (run / "metrics.jsonl").read_bytes()
+        line = fails(capsys, "train", f"env.model={tiny_path}", f"root={run.parent}", "name=one")
+        assert "one: the run directory exists" in line
+        assert "name=" in line
+        assert (run / "metrics.jsonl").read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (["algo=ctlr"], "algo=ctlr: no such algo. Did you mean 'ctrl'?"),
+            (["env=emojy"], "env=emojy: no such env. Did you mean 'emoji'?"),
+            (["reward=compresibility"], "Did you mean 'compressibility'?"),
+            (["+experiment=ctrl_papr"], "Did you mean 'ctrl_paper'?"),
+            (["algo.gama=3"], "algo.gama: no such setting. Did you mean 'algo.gamma'?"),
+            (["sead=3"], "sead: no such setting. Did you mean 'seed'?"),
+            (["algo.gamma=strong"], "algo.gamma=strong: Value 'strong'"),
+            (["seed=1.5"], "seed=1.5: Value '1.5'"),
+            (["gamma"], "gamma: not of the form key=value"),
+            (["reward=jpeg"], "'jpeg' is a black box"),
+            (["env.eta=0"], "env.eta=0"),
+            (["algo.batch_size=10", "algo.micro_batch_size=4"], "algo.micro_batch_size=4 does not divide"),
+            (["algo.kl_reduction=max"], "algo.kl_reduction=max: must be one of sum, mean"),
+            (["policy.rank=0"], "policy.rank=0"),
+            (["prompts=nothing"], "prompts=nothing"),
+            (["env.model=/no/such/place"], "env.model=/no/such/place: no such folder"),
+            (["dataset=/no/such/place"], "dataset=/no/such/place: no such folder"),
+            (["device=quantum"], "device=quantum: no such device"),
+            (["reward.classifier=none.safetensors"], "none.safetensors: no such classifier"),
+            (["reward.edges=[3,2]"], "reward.edges"),
+        ],
+    )
+    def test_a_mistake_is_one_line_and_writes_nothing(self, words, expected, tmp_path, capsys):
+        assert expected in fails(capsys, "train", *words, f"root={tmp_path / 'runs'}")
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_folder_of_other_things_is_refused(self, tmp_path, capsys):
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        assert "is empty" in fails(capsys, "train", f"dataset={folder}")
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+        (folder / "notes.txt").write_text("x")
+        assert "'notes.txt' is not a picture (1 of 2" in fails(capsys, "train", f"dataset={folder}")
+        (folder / "notes.txt").rename(folder / "b.png")
+        assert "b.png: not a whole picture" in fails(capsys, "fit", f"dataset={folder}")
+
+
+class TestFit:
+    def test_a_folder_of_pictures_is_fitted_and_the_file_is_used(self, tiny_path, tmp_path, capsys):
+        import torch
+
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        torch.manual_seed(0)
+        for number in range(60):
+            noise = (torch.rand(20, 20, 3) * 255 * (number % 4) / 3).byte().numpy()
+            Image.fromarray(noise).save(folder / f"{number}.png")
+        out = tmp_path / "c.safetensors"
+        words = [f"env.model={tiny_path}", f"dataset={folder}", "reward.num_classes=2"]
+        assert main(["fit", *words, "--out", str(out)]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "on 12 held-out pictures" in text
+        assert out.is_file()
+        words = [*FAST, f"env.model={tiny_path}", f"root={tmp_path}", f"reward.classifier={out}"]
+        assert main(["train", *words]) == 0
+        assert "drawing" not in capsys.readouterr().out
+        line = fails(capsys, "train", *words, "name=x", "reward.num_classes=4")
+        assert "it knows 2 classes" in line
+
+    def test_a_black_box_has_nothing_to_fit(self, capsys):
+        assert "nothing to fit" in fails(capsys, "fit", "reward=jpeg")
+
+
+class TestEval:
+    def test_json_has_every_promised_key(self, run, capsys):
+        assert main(["eval", str(run), "--json", "-n", "6"]) == 0
+        measures = json.loads(capsys.readouterr().out)
+        promised = "accuracy macro_f1 confusion per_class kl_nats mean_logp n nfe_per_image"
+        assert {*promised.split(), "seconds_per_image", "gap", "log_z", "objective"} <= measures.keys()
+        assert measures["n"] == sum(map(sum, measures["confusion"])) == 6
+        assert [sum(row) for row in measures["confusion"]] == [3, 3]
+        hits = sum(measures["confusion"][y][y] for y in range(2))
+        assert measures["accuracy"] == pytest.approx(hits / 6)
+        assert measures["nfe_per_image"] == 2 * 2
+        for y in range(2):
+            gap = measures["log_z"][y] - measures["objective"][y]
+            assert measures["gap"][y] == pytest.approx(gap)
+
+    def test_it_repeats_and_the_table_agrees(self, run, capsys):
+        numbers = []
+        for _ in range(2):
+            assert main(["eval", str(run), "--json", "-n", "6"]) == 0
+            numbers.append(json.loads(capsys.readouterr().out) | {"seconds_per_image": 0})
+        assert numbers[0] == numbers[1]
+        assert main(["eval", str(run), "-n", "6"]) == 0
+        assert f"accuracy {numbers[0]['accuracy']:.3f}" in capsys.readouterr().out
+
+    def test_damaged_runs_are_named(self, run, tmp_path, capsys):
+        assert "no such run" in fails(capsys, "eval", tmp_path / "none")
+        assert "not a run directory" in fails(capsys, "eval", tmp_path)
+        for name, words in (
+            ("pytorch_lora_weights.safetensors", "damaged or cut short"),
+            ("control.safetensors", "damaged or cut short"),
+            ("classifier.safetensors", "not a whole classifier"),
+            ("config.yaml", "cannot be read"),
+        ):
+            copy = tmp_path / name.replace(".", "-")
+            shutil.copytree(run, copy)
+            whole = (copy / name).read_bytes()
+            (copy / name).write_bytes(whole[: len(whole) // 2])
+            line = fails(capsys, "eval", copy)
+            assert name in line
+            assert words in line
+            (copy / name).unlink()
+            assert name in fails(capsys, "eval", copy)
+
+
+class TestSample:
+    def test_pictures_and_a_sheet_are_written(self, run, tmp_path, capsys):
+        words = ["--prompt", "cat", "--label", "1", "-n", "3", "--control-scale", "1.5"]
+        assert main(["sample", str(run), *words, "--out", str(tmp_path)]) == 0
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == ["cat-label1-00.png", "cat-label1-01.png", "cat-label1-02.png", "cat-label1.png"]
+
+    def test_a_label_out_of_range_is_named(self, run, capsys):
+        line = fails(capsys, "sample", run, "--prompt", "cat", "--label", "2")
+        assert "label=2: out of range" in line
+        assert "0 to 1" in line
+
+
+def test_list_shows_every_choice(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    for choice in ("algo=ctrl", "env=emoji", "env=sd15", "reward=jpeg", "+experiment=ctrl_paper"):
+        assert choice in text
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from diffrl.cli import main; main([]); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,165 @@
+import shutil
+
+import pytest
+import torch
+from conftest import assert_close
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from diffrl import checkpoint
+from diffrl.backbones.stable_diffusion import StableDiffusion
+from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.envs.emoji import ASSET
+from diffrl.errors import DiffRLError
+from diffrl.policy import Policy
+from diffrl.rewards.jpeg import Jpeg
+from diffrl.rewards.prompt_fidelity import PromptFidelity
+from diffrl.rollout import rollout
+from diffrl.schedule import DDIMSchedule
+
+
+def stock_pipeline(path):
+    pipeline = StableDiffusionPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def our_deterministic_pictures(path, prompts, latents, guidance_scale, num_steps, lora=None):
+    """Draw at eta = 0, where stock diffusers and we must agree to rounding."""
+    backbone = StableDiffusion.load(str(path))
+    schedule = DDIMSchedule(backbone.scheduler, num_steps, 0.0)
+    policy = Policy(
+        backbone.unet,
+        schedule,
+        backbone.encode_prompts([""]),
+        guidance_scale=guidance_scale,
+        num_classes=(3,),
+    )
+    if lora is not None:
+        checkpoint.load(policy, lora)
+    env = DenoisingVectorEnv(backbone, schedule, Jpeg(), prompts, num_envs=len(prompts))
+    options = {"latents": latents, "prompts": prompts}
+    return rollout(env, policy, torch.Generator(), options=options).images
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_stock_diffusers_draws_the_same_pictures_from_the_emoji_model(guidance_scale):
+    prompts = ["cat", "a fish"]
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    theirs = stock_pipeline(ASSET)(
+        prompts, num_inference_steps=5, guidance_scale=guidance_scale, latents=latents, output_type="pt"
+    ).images
+    ours = our_deterministic_pictures(ASSET, prompts, latents, guidance_scale, 5)
+    assert_close(ours, theirs, atol=1e-4)
+
+
+def test_the_emoji_model_ships_within_its_budget_and_in_half_precision():
+    files = list(ASSET.rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in files) <= 16e6
+    for part in ("unet", "vae"):
+        weights = load_file(ASSET / part / "diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert not list(ASSET.rglob("*.bin"))
+    assert not list(ASSET.rglob("*.pt"))
+    assert (ASSET / "README.md").is_file()
+
+
+def test_the_emoji_model_draws_what_the_prompt_says(emoji):
+    from diffrl.envs.emoji import Emoji
+
+    settings = Emoji()
+    schedule = DDIMSchedule(emoji.scheduler, settings.num_steps, settings.eta)
+    policy = Policy(
+        emoji.unet, schedule, emoji.encode_prompts([""]), guidance_scale=settings.guidance_scale
+    )
+    prompts = ["fox", "squirrel", "sheep", "bee", "tiger", "panda", "peacock", "frog"] * 4
+    env = DenoisingVectorEnv(emoji, schedule, Jpeg(), prompts, num_envs=len(prompts))
+    images = rollout(
+        env, policy, torch.Generator().manual_seed(0), seed=0, options={"prompts": prompts}
+    ).images
+    judge = PromptFidelity.load(ASSET / "judge")
+    assert judge(images, prompts).float().mean() >= 0.8  # .97 over many more
+    wrong = [*prompts[1:], prompts[0]]
+    assert judge(images, wrong).float().mean() <= 0.1
+
+
+class TestCheckpoint:
+    def trained(self, path):
+        from test_policy import learn_a_little, make_policy
+
+        policy = make_policy(StableDiffusion.load(str(path)))
+        learn_a_little(policy)
+        return policy
+
+    def test_stock_load_lora_weights_reads_it(self, tiny_path, tmp_path):
+        policy = self.trained(tiny_path)
+        with torch.no_grad():  # the label embedding is not LoRA: leave it out of the comparison
+            policy.label_embedding.tables[0].weight.zero_()
+        checkpoint.save(policy, tmp_path)
+        prompts = ["cat", "bee"]
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        pipeline = stock_pipeline(tiny_path)
+        arguments = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "pt"}
+        before = pipeline(prompts, latents=latents, **arguments).images
+        pipeline.load_lora_weights(tmp_path)
+        theirs = pipeline(prompts, latents=latents, **arguments).images
+        ours = our_deterministic_pictures(tiny_path, prompts, latents, 2.0, 4, lora=tmp_path)
+        assert_close(ours, theirs, atol=1e-4)
+        assert (theirs - before).abs().max() > 1e-3
+
+    def test_loading_gives_back_every_weight(self, tiny_path, tmp_path):
+        from test_policy import make_policy
+
+        policy = self.trained(tiny_path)
+        checkpoint.save(policy, tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "control.safetensors",
+            "pytorch_lora_weights.safetensors",
+        ]
+        other = make_policy(StableDiffusion.load(str(tiny_path)))
+        checkpoint.load(other, tmp_path)
+        for (name, a), (_, b) in zip(policy.named_parameters(), other.named_parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+    def test_another_rank_or_label_count_is_named(self, tiny_path, tmp_path):
+        from diffrl.policy import LoRA
+        from test_policy import make_policy
+
+        checkpoint.save(self.trained(tiny_path), tmp_path)
+        backbone = StableDiffusion.load(str(tiny_path))
+        schedule = DDIMSchedule(backbone.scheduler, 4, 1.0)
+        null = backbone.encode_prompts([""])
+        rank2 = Policy(
+            backbone.unet, schedule, null, guidance_scale=1.0, num_classes=(3,), lora=LoRA(rank=2)
+        )
+        with pytest.raises(DiffRLError, match=r"policy\.rank"):
+            checkpoint.load(rank2, tmp_path)
+        more = make_policy(StableDiffusion.load(str(tiny_path)), num_classes=(5,))
+        with pytest.raises(DiffRLError, match=r"control\.safetensors.*shape"):
+            checkpoint.load(more, tmp_path)
+
+
+class TestLoading:
+    def test_a_missing_part_is_named(self, tiny_path, tmp_path):
+        copy = tmp_path / "model"
+        shutil.copytree(tiny_path, copy)
+        shutil.rmtree(copy / "vae")
+        with pytest.raises(DiffRLError, match="no folder 'vae'"):
+            StableDiffusion.load(str(copy))
+
+    def test_truncated_weights_are_named(self, tiny_path, tmp_path):
+        copy = tmp_path / "model"
+        shutil.copytree(tiny_path, copy)
+        path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(DiffRLError, match="cannot be loaded from the folder"):
+            StableDiffusion.load(str(copy))
+
+    def test_a_hub_id_without_network_says_where_it_looked(self):
+        with pytest.raises(DiffRLError, match="nobody/nothing: cannot be loaded from the hub"):
+            StableDiffusion.load("nobody/nothing")
+
+    def test_decoding_in_slices_changes_nothing(self, tiny):
+        latents = torch.randn(5, 4, 8, 8)
+        with torch.no_grad():
+            assert_close(tiny.decode(latents, slice_size=2), tiny.decode(latents), atol=1e-6)
