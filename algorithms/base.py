@@ -22,11 +22,11 @@ from diffrl.types import Trajectory
 class Algorithm(ABC):
     """A dataclass whose fields are its settings: constructing it is configuring it."""
 
-    updates: int = 100  # optimiser steps
+    updates: int = 350  # optimiser steps
     batch_size: int = 16  # pictures an update
     micro_batch_size: int = 16  # pictures at a time; gradients of a batch's micro-batches add up
-    learning_rate: float = 1e-3  # of the LoRA weights
-    embedding_learning_rate: float = 1e-2  # of the label embedding
+    learning_rate: float = 3e-4  # of the LoRA weights
+    embedding_learning_rate: float = 5e-2  # of the label embedding
     weight_decay: float = 1e-4
     max_grad_norm: float = 5.0  # of LoRA and embedding jointly
     decay: str = "linear"  # of both learning rates, to 0 after `updates`: linear or constant

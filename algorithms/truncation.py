@@ -1,7 +1,9 @@
 """Truncated back-propagation: which steps' noise predictions carry a gradient.
 
 Step i = 0, ..., T-1 is kept if i >= K: K first steps are cut. Sources: AlignProp, arXiv:2310.03739,
-section 4 (K once a trajectory); the code of CTRL (a new K at every step).
+section 4 (K once a trajectory); the code of CTRL (a new K at every step). Or a random subset of steps is
+kept: the limit of CTRL's law for few kept steps, whose gradient reaches early steps along the linear part
+of the chain alone, not through the Jacobians of the network, which make it explode.
 """
 
 from dataclasses import dataclass
@@ -14,16 +16,19 @@ from diffrl.errors import DiffRLError
 
 @dataclass
 class Truncation:
-    """The law of K, the number of first steps that are cut."""
+    """The law of the kept steps: K uniform in low..high, K fixed at low, or `count` steps of low..high."""
 
-    kind: str = "uniform"  # uniform in low..high, both included; or fixed at low
-    draw: str = "trajectory"  # K once a trajectory, or anew at every step
+    kind: str = "subset"  # uniform, fixed, or subset
+    draw: str = "trajectory"  # of a uniform K: once a trajectory, or anew at every step
     low: int = 0
-    high: int | None = None  # null: T - 1, so that the last step is always kept
+    high: int | None = None  # included; null: T - 1, or for a subset the end of the first half
+    count: int = 1  # kept steps of a subset
 
     def __post_init__(self) -> None:
-        check_choice("algo.truncation.kind", self.kind, ("uniform", "fixed"))
+        check_choice("algo.truncation.kind", self.kind, ("uniform", "fixed", "subset"))
         check_choice("algo.truncation.draw", self.draw, ("trajectory", "step"))
+        if self.count < 1:
+            raise DiffRLError(f"algo.truncation.count={self.count}: must be 1 or more.")
         if self.low < 0 or (self.high is not None and self.high < self.low):
             raise DiffRLError(f"algo.truncation: low={self.low}, high={self.high}; needs 0 <= low <= high.")
 
@@ -36,8 +41,16 @@ class Truncation:
         if self.kind == "fixed":
             return [i >= self.low for i in range(num_steps)]
         high = num_steps - 1 if self.high is None else self.high
+        if self.kind == "subset":
+            high = (num_steps + 1) // 2 - 1 if self.high is None else min(high, num_steps - 1)
+            window = torch.randperm(high + 1 - self.low, generator=generator, device=generator.device)
+            chosen = {self.low + i for i in window[: self.count].tolist()}
+            return [i in chosen for i in range(num_steps)]
         count = 1 if self.draw == "trajectory" else num_steps
         cut = torch.randint(
             self.low, high + 1, (count,), generator=generator, device=generator.device
         ).tolist()
-        return [i >= k for i, k in enumerate(cut * num_steps if count == 1 else cut)]
+        kept = [i >= k for i, k in enumerate(cut * num_steps if count == 1 else cut)]
+        if not any(kept):  # a trajectory without any gradient would be drawn for nothing
+            kept[-1] = True
+        return kept

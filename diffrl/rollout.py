@@ -20,6 +20,7 @@ def rollout(
     *,
     reference: Callable[[Observation], Independent] | None = None,
     grad_steps: int | Sequence[bool] = 0,
+    kl_steps: Sequence[bool] | None = None,
     seed: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> Trajectory:
@@ -33,6 +34,8 @@ def rollout(
         grad_steps: how many of the last steps keep the gradient of the network: 0 is black box, T is
             full back-propagation. Or a bool for each step: where False, the noise prediction counts
             as a constant, while the latents stay on the path (AlignProp's and CTRL's truncation).
+        kl_steps: where the KL is measured, with its gradient whatever `grad_steps` says. By default at
+            every step, with its gradient where `grad_steps` keeps it (CTRL's code).
     """
     steps = env.schedule.num_steps
     if isinstance(grad_steps, int):
@@ -44,14 +47,17 @@ def rollout(
     reward = info = None
     for i, keep in enumerate(grad_steps):
         x_t = obs["latents"]
-        with torch.set_grad_enabled(keep):
+        measured = reference is not None and (kl_steps is None or kl_steps[i])
+        with torch.set_grad_enabled(keep or (measured and kl_steps is not None)):
             step = actor.act(obs, generator)
-            prev_sample = step.prev_sample
-            if reference is not None and step.distribution is not None:
+            if reference is not None and measured and step.distribution is not None:
                 kls.append(kl_divergence(step.distribution, reference(obs)))
-        if x_t.requires_grad and not keep:
+        prev_sample = step.prev_sample
+        if not keep:
             # The noise prediction is a constant here, but x_{t-1} still depends on x_t linearly.
-            prev_sample = prev_sample + env.schedule.x_gain[i] * (x_t - x_t.detach())
+            prev_sample = prev_sample.detach()
+            if x_t.requires_grad:
+                prev_sample = prev_sample + env.schedule.x_gain[i] * (x_t - x_t.detach())
         if step.distribution is not None:
             with torch.no_grad():
                 log_probs.append(step.distribution.log_prob(step.prev_sample))

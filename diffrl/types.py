@@ -82,7 +82,7 @@ class Trajectory:
     latents: list[Tensor]  # x_T, ..., x_0: T + 1 of [N, C, H, W], detached
     timesteps: list[int]  # the scheduler's, T of them
     log_prob: Tensor | None  # of each action, nats, [T, N], detached
-    kl: Tensor | None  # to the reference at each step, nats, [T, N]
+    kl: Tensor | None  # to the reference at each step where it was measured, nats, [at most T, N]
     reward: Tensor  # [N]
     images: Tensor  # decoded x_0, [N, 3, H, W] in [0, 1], detached
     context: Context

@@ -62,7 +62,8 @@ class TestTrain:
         updates = [line for line in lines if "train/loss" in line]
         assert [line["update"] for line in updates] == [1, 2]
         for line in updates:
-            assert line["time/calls_per_image"] == 2 * 2 * 2  # steps, policy and reference, guidance
+            # two steps of the policy and one of the reference, each with guidance
+            assert line["time/calls_per_image"] == (2 + 1) * 2
             for name in (
                 "rollout/reward_mean",
                 "rollout/kl",

@@ -122,8 +122,9 @@ class TestCheckpoint:
             assert torch.equal(a, b), name
 
     def test_another_rank_or_label_count_is_named(self, tiny_path, tmp_path):
-        from diffrl.policy import LoRA
         from test_policy import make_policy
+
+        from diffrl.policy import LoRA
 
         checkpoint.save(self.trained(tiny_path), tmp_path)
         backbone = StableDiffusion.load(str(tiny_path))

@@ -109,6 +109,41 @@ def test_truncation_equals_detaching_the_noise_prediction(tiny):
         assert_close(a, b, atol=1e-12, rtol=1e-7)
 
 
+def test_kl_from_one_random_step_is_unbiased_in_value_and_gradient(tiny):
+    """The mean over the T possible steps of T KL_i is the whole sum, and so is its gradient."""
+    policy, env = make(tiny)
+
+    def kl_and_gradient(kl_steps):
+        generator = torch.Generator().manual_seed(5)
+        trajectory = rollout(
+            env, policy, generator, reference=policy.reference, grad_steps=4, kl_steps=kl_steps, seed=5
+        )
+        kl = trajectory.kl.mean() * 4
+        gradient = torch.autograd.grad(kl, policy.lora_parameters(), materialize_grads=True)
+        return torch.cat([kl.detach()[None], *(g.flatten() for g in gradient)])
+
+    single = [kl_and_gradient([i == j for j in range(4)]) for i in range(4)]
+    assert_close(torch.stack(single).mean(0), kl_and_gradient(None), atol=1e-12, rtol=1e-8)
+
+
+def test_a_step_measured_for_its_kl_alone_gives_the_reward_no_gradient(tiny):
+    policy, env = make(tiny)
+    gradients = []
+    for kl_steps in ([False, True, False, False], [False, False, False, True]):
+        trajectory = rollout(
+            env,
+            policy,
+            torch.Generator().manual_seed(5),
+            reference=policy.reference,
+            grad_steps=[True, False, False, False],
+            kl_steps=kl_steps,
+            seed=5,
+        )
+        gradients.append(torch.autograd.grad(trajectory.reward.sum(), policy.lora_parameters()[1])[0])
+    assert_close(gradients[0], gradients[1], atol=1e-12)
+    assert gradients[0].any()
+
+
 def test_no_graph_is_kept_without_gradient_steps(tiny):
     policy, env = make(tiny)
     assert not objective(env, policy, grad_steps=0).requires_grad
@@ -218,8 +253,17 @@ class TestTruncation:
         kept = Truncation(kind="fixed", low=7).kept(10, torch.Generator())
         assert kept == [False] * 7 + [True] * 3
 
+    def test_a_subset_keeps_so_many_steps_each_equally_often(self):
+        kept = self.count(Truncation(kind="subset", count=2, low=1, high=5))
+        assert (kept.sum(1) == 2).all()
+        assert_close(kept.mean(0), [0, 0.4, 0.4, 0.4, 0.4, 0.4, 0, 0, 0, 0], atol=0.03)
+
+    def test_a_subset_comes_from_the_first_half_unless_told(self):
+        assert self.count(Truncation(kind="subset")).mean(0)[5:].tolist() == [0.0] * 5
+        assert Truncation(kind="subset").kept(1, torch.Generator()) == [True]
+
     @pytest.mark.parametrize(
-        "settings", [{"kind": "gauss"}, {"draw": "epoch"}, {"low": -1}, {"low": 3, "high": 2}]
+        "settings", [{"kind": "gauss"}, {"draw": "epoch"}, {"low": -1}, {"low": 3, "high": 2}, {"count": 0}]
     )
     def test_impossible_settings_are_refused(self, settings):
         with pytest.raises(DiffRLError, match=r"algo\.truncation"):
@@ -227,7 +271,7 @@ class TestTruncation:
 
     def test_cutting_every_step_is_refused(self):
         with pytest.raises(DiffRLError, match="all of the 10 steps"):
-            Truncation(low=10).kept(10, torch.Generator())
+            Truncation(kind="fixed", low=10).kept(10, torch.Generator())
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,7 @@ class TestFit:
     def test_too_few_pictures_are_refused(self):
         images = pictures(8)
         with pytest.raises(DiffRLError, match="too few"):
-            fit_classifier(
-                images, torch.arange(8) % 2, 2, features="dct", generator=torch.Generator()
-            )
+            fit_classifier(images, torch.arange(8) % 2, 2, features="dct", generator=torch.Generator())
 
     def test_calibration_recovers_a_known_temperature(self):
         generator = torch.Generator().manual_seed(0)
@@ -159,9 +157,7 @@ class TestFit:
 
     def test_a_perfectly_calibrated_coin_has_no_error(self):
         probability = torch.tensor([[0.75, 0.25]] * 4)
-        assert_close(
-            expected_calibration_error(probability, torch.tensor([0, 0, 0, 1])), 0.0, atol=1e-9
-        )
+        assert_close(expected_calibration_error(probability, torch.tensor([0, 0, 0, 1])), 0.0, atol=1e-9)
 
 
 class TestLogLikelihood:

@@ -1,0 +1,51 @@
+"""The promises of the project's own files."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def commands(text):
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("pip install -c")]
+
+
+def test_ci_runs_the_readme_s_test_command_exactly():
+    first, second = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert first == "pip install -c constraints.txt -e . && diffrl train"
+    assert second == "pip install -c constraints.txt -e '.[test]' && pytest"
+    assert second in commands((ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+
+
+def test_both_commands_are_on_the_readme_s_first_screen():
+    head = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:24]
+    assert len(commands("\n".join(head))) == 2
+
+
+def test_the_readme_s_python_example_runs(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    out = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    assert "torch.Size([4, 3, 64, 64])" in out.stdout
+
+
+def test_constraints_pin_every_dependency():
+    pinned = {
+        re.split(r"==", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = project.split("dependencies = [", 1)[1].split("\n]\n", 1)[0]
+    wanted = set(re.findall(r'^\s+"([A-Za-z0-9_-]+)', block, re.MULTILINE))
+    assert {"torch", "diffusers", "peft", "gymnasium"} <= wanted
+    assert {name.lower().replace("_", "-") for name in wanted} <= pinned
+
+
+def test_no_file_outgrows_a_sitting():
+    for path in ROOT.glob("*/**/*.py"):
+        if path.is_file() and ".venv" not in path.parts:
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 420, path
