@@ -14,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from diffrl import __version__
 from diffrl import config as settings
 from diffrl.backbones.stable_diffusion import StableDiffusion, fingerprint
 from diffrl.config import Config
@@ -128,7 +129,7 @@ class Setup:
     def _reward_key(self) -> str:
         """Return a hash of all that decides the classifier: model, sampler, prompts, data, settings."""
         config, digest = self.config, hashlib.sha256()
-        facts = [settings.chosen(config, "reward"), asdict(config.reward), config.seed]
+        facts = [__version__, settings.chosen(config, "reward"), asdict(config.reward), config.seed]
         if config.dataset is None:
             env = asdict(config.env) | {"model": fingerprint(config.env.model)}
             facts += [env, self.prompts, str(self.device.type)]

@@ -162,11 +162,9 @@ def _sample(options: argparse.Namespace) -> None:
     rows[-1] = torch.cat([rows[-1], rows[-1].new_ones(len(rows[0]) - len(rows[-1]), *rows[0].shape[1:])])
     grid(rows, [""] * len(rows)).save(folder / f"{stem}.png")
     hits = sum(y == options.label for y in classes)
+    of_class = f", {hits} of true class {options.label}" if options.label >= 0 else ""
     console.print(
-        f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB, "
-        f"{hits} of true class {options.label}"
-        if options.label >= 0
-        else f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB"
+        f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB{of_class}"
     )
 
 

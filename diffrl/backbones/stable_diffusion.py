@@ -3,6 +3,7 @@
 Shapes: N pictures, C,H,W latent, pictures `[N, 3, S, S]` in [0, 1], L tokens of width E.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,8 +116,6 @@ class StableDiffusion(nn.Module):
 
 def fingerprint(model: str) -> str:
     """Return what identifies the checkpoint's content: a hash of its files, or the hub id itself."""
-    import hashlib
-
     folder = Path(model)
     if not folder.is_dir():
         return model
