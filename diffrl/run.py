@@ -1,10 +1,9 @@
 """The only training loop, and the folder it writes.
 
 `runs/<name>/`: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `pictures/`, `classifier.safetensors`,
-`pytorch_lora_weights.safetensors`, `control.safetensors`, `evaluation.json`.
+`pytorch_lora_weights.safetensors`, `control.safetensors`.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -155,11 +154,6 @@ def describe(reward: LogLikelihood) -> str:
         f"temperature {report.temperature:.2f}, ECE {report.ece:.3f} on {report.num_held_out} held-out "
         f"pictures; edges {edges} kB, {list(report.class_counts)} pictures a class"
     )
-
-
-def save_evaluation(path: Path, measures: dict[str, Any]) -> None:
-    """Write an evaluation beside the run it belongs to."""
-    (path / "evaluation.json").write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
 
 
 def _report(reward: Any) -> dict[str, Any]:
