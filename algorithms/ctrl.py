@@ -30,7 +30,7 @@ class CTRL(Algorithm):
 
     gamma: float = 10_000.0  # chosen on emoji; the paper's 10, with its mean KL, is as strong as 10 d
     kl_reduction: str = "sum"  # over latent dims: sum (nats) or mean (CTRL's code)
-    kl_steps: int | None = 1  # random steps that estimate the KL, each weighted T / kl_steps; null: all
+    kl_steps: int | None = 1  # steps, drawn by their share of the KL, that estimate it; null: all
     truncation: Truncation = field(default_factory=Truncation)
 
     needs_gradient: ClassVar[bool] = True
@@ -46,14 +46,22 @@ class CTRL(Algorithm):
 
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
         """Return one micro-batch, with the graph of the steps that truncation keeps."""
-        num_steps = env.schedule.num_steps
-        kept = self.truncation.kept(num_steps, generator)
-        measured = None
+        schedule = env.schedule
+        weights = None
         if self.kl_steps is not None:
-            order = torch.randperm(num_steps, generator=generator, device=generator.device)
-            measured = (order < self.kl_steps).tolist()
+            # importance sampling: kappa is a step's share of the KL if |eps - eps_ref| is alike at all
+            share = (schedule.kappa / schedule.kappa.sum()).to(generator.device)
+            drawn = share.multinomial(self.kl_steps, replacement=True, generator=generator)
+            times = drawn.bincount(minlength=schedule.num_steps)
+            weights = (times / (self.kl_steps * share)).tolist()
         return rollout(
-            env, policy, generator, reference=policy.reference, grad_steps=kept, kl_steps=measured
+            env,
+            policy,
+            generator,
+            reference=policy.reference,
+            grad_steps=self.truncation.kept(schedule.num_steps, generator),
+            kl_weights=weights,
+            path=self.truncation.path,
         )
 
     def update(
@@ -65,7 +73,7 @@ class CTRL(Algorithm):
         for trajectory in trajectories:
             assert trajectory.kl is not None
             num_dims = trajectory.latents[0][0].numel()
-            kl = trajectory.kl.mean(0) * len(trajectory.timesteps)  # the sum, or its unbiased estimate
+            kl = trajectory.kl.sum(0)  # or its unbiased estimate
             objective = self.gamma * trajectory.reward - kl
             trained = objective
             if self.kl_reduction == "mean":

@@ -75,6 +75,14 @@ def load_atlas(path: Path) -> tuple[list[str], Tensor]:
         return [str(name) for name in atlas["names"]], torch.from_numpy(atlas["glyphs"]).float() / 255
 
 
+def second_names(names: list[str]) -> Tensor:
+    """Return for each glyph its other caption's index: an alias, counted after the names, or its own."""
+    other = torch.arange(len(names))
+    for number, original in enumerate(ALIASES):
+        other[names.index(original)] = len(names) + number
+    return other
+
+
 class Composites:
     """Draws random composites of a fixed set of glyphs.
 

@@ -10,6 +10,7 @@ come from `python -m diffrl.benchmarks.measure_emoji`.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -53,11 +54,13 @@ class Recipe:
 class Stage:
     """One training loop: AdamW, warm-up and cosine decay, averaged weights, checkpoints."""
 
-    def __init__(self, name: str, module: nn.Module, steps: int, lr: float, work: Path) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, steps: int, lr: float, work: Path, ema: float = 0.999
+    ) -> None:
         self.name, self.module, self.steps, self.lr = name, module, steps, lr
         self.path = work / f"{name}.pt"
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=1e-3)
-        self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        self.average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.step, self.seconds = 0, 0.0
 
     def run(self, loss: Callable[[torch.Generator], Tensor], seed: int) -> Any:
@@ -222,14 +225,18 @@ def train(recipe: Recipe, atlas: Path, work: Path, out: Path, device: str) -> No
     vae = stage.run(vae_loss, recipe.seed)
     seconds["autoencoder"] = stage.seconds
 
-    pool_index, pool = _encode_pool(vae, draw, recipe, device, tidy=False)
+    def encode(*, tidy: bool) -> tuple[Tensor, Tensor]:
+        index, latents = encode_pool(
+            vae, functools.partial(draw, tidy=tidy), recipe.pool, recipe.seed + 7, device
+        )
+        return index, latents.half()
+
+    pool_index, pool = encode(tidy=False)
     scale = 1 / pool.std().item()
     vae.register_to_config(scaling_factor=scale)
 
     captions = [*names, *emoji_data.ALIASES.values(), ""]
-    other = torch.arange(len(names), device=device)
-    for number, original in enumerate(emoji_data.ALIASES):
-        other[names.index(original)] = len(names) + number
+    other = emoji_data.second_names(names).to(device)
     tokenizer = make_tokenizer(captions)
     tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
     denoiser = Denoiser(len(tokenizer), tokenizer.eos_token_id).to(device)
@@ -251,7 +258,7 @@ def train(recipe: Recipe, atlas: Path, work: Path, out: Path, device: str) -> No
     stage = Stage("denoiser", denoiser, recipe.denoiser_steps, 2e-3, work)
     denoiser = stage.run(lambda draws: denoiser_loss(draws, recipe.denoiser_batch), recipe.seed + 1)
     seconds["denoiser"] = stage.seconds
-    pool_index, pool = _encode_pool(vae, draw, recipe, device, tidy=True)
+    pool_index, pool = encode(tidy=True)
     stage = Stage("refine", denoiser.requires_grad_(True), recipe.refine_steps, 1e-3, work)
     denoiser = stage.run(lambda draws: denoiser_loss(draws, recipe.refine_batch), recipe.seed + 3)
     seconds["refine"] = stage.seconds
@@ -288,17 +295,25 @@ def train(recipe: Recipe, atlas: Path, work: Path, out: Path, device: str) -> No
 
 
 @torch.no_grad()
-def _encode_pool(
-    vae: AutoencoderKL, draw: Callable, recipe: Recipe, device: str, *, tidy: bool
+def encode_pool(
+    vae: AutoencoderKL, draw: Callable, count: int, seed: int, device: str
 ) -> tuple[Tensor, Tensor]:
-    """Return glyph indices `[P]` and half-precision latents `[P, 4, 16, 16]`, not yet scaled."""
-    generator = torch.Generator(device).manual_seed(recipe.seed + 7)
+    """Return glyph indices `[P]` and latents `[P, 4, 16, 16]`, not yet scaled, of `count` composites.
+
+    Args:
+        vae: encodes.
+        draw: `(number, generator)` to glyph indices and pictures.
+        count: P.
+        seed: of everything that is drawn.
+        device: to draw and encode on.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
     indices, latents = [], []
-    for start in range(0, recipe.pool, 1000):
-        index, images = draw(min(1000, recipe.pool - start), generator, tidy=tidy)
+    for start in range(0, count, 1000):
+        index, images = draw(min(1000, count - start), generator)
         moments = vae.encode(2 * images - 1).latent_dist
         indices.append(index)
-        latents.append(moments.sample(generator).half())
+        latents.append(moments.sample(generator).float())
     return torch.cat(indices), torch.cat(latents)
 
 

@@ -20,7 +20,8 @@ def rollout(
     *,
     reference: Callable[[Observation], Independent] | None = None,
     grad_steps: int | Sequence[bool] = 0,
-    kl_steps: Sequence[bool] | None = None,
+    kl_weights: Sequence[float] | None = None,
+    path: str = "network",
     seed: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> Trajectory:
@@ -31,11 +32,16 @@ def rollout(
         actor: chooses every action.
         generator: of the actor's noise.
         reference: the law to measure each step's KL against, usually `policy.reference`.
-        grad_steps: how many of the last steps keep the gradient of the network: 0 is black box, T is
-            full back-propagation. Or a bool for each step: where False, the noise prediction counts
-            as a constant, while the latents stay on the path (AlignProp's and CTRL's truncation).
-        kl_steps: where the KL is measured, with its gradient whatever `grad_steps` says. By default at
-            every step, with its gradient where `grad_steps` keeps it (CTRL's code).
+        grad_steps: how many of the last steps keep the gradient of the network's output: 0 is black
+            box, T all. Or a bool for each step: where False, the noise prediction counts as a constant
+            (AlignProp's and CTRL's truncation).
+        kl_weights: a factor on each step's KL, 0 to leave it unmeasured. A measured step has its KL's
+            gradient whatever `grad_steps` says. By default every step is measured, at weight 1, with
+            its gradient where `grad_steps` keeps it (CTRL's code).
+        path: what a gradient meets on its way from x_{t-1} to x_t. "network": the true derivative where a
+            step is kept, the derivative at a constant noise prediction where it is not. "linear": at
+            every step `schedule.linear_gain`, the derivative for latents of law N(0, I), and
+            never the network's Jacobian; the network's input counts as a constant.
     """
     steps = env.schedule.num_steps
     if isinstance(grad_steps, int):
@@ -47,17 +53,17 @@ def rollout(
     reward = info = None
     for i, keep in enumerate(grad_steps):
         x_t = obs["latents"]
-        measured = reference is not None and (kl_steps is None or kl_steps[i])
-        with torch.set_grad_enabled(keep or (measured and kl_steps is not None)):
-            step = actor.act(obs, generator)
+        seen: Observation = {**obs, "latents": x_t.detach()} if path == "linear" else obs
+        weight = 1.0 if kl_weights is None else kl_weights[i]
+        measured = reference is not None and weight > 0
+        with torch.set_grad_enabled(keep or (measured and kl_weights is not None)):
+            step = actor.act(seen, generator)
             if reference is not None and measured and step.distribution is not None:
-                kls.append(kl_divergence(step.distribution, reference(obs)))
-        prev_sample = step.prev_sample
-        if not keep:
-            # The noise prediction is a constant here, but x_{t-1} still depends on x_t linearly.
-            prev_sample = prev_sample.detach()
-            if x_t.requires_grad:
-                prev_sample = prev_sample + env.schedule.x_gain[i] * (x_t - x_t.detach())
+                kls.append(weight * kl_divergence(step.distribution, reference(seen)))
+        prev_sample = step.prev_sample if keep else step.prev_sample.detach()
+        if x_t.requires_grad and (path == "linear" or not keep):
+            gain = env.schedule.linear_gain[i] if path == "linear" else env.schedule.x_gain[i]
+            prev_sample = prev_sample + gain * (x_t - x_t.detach())
         if step.distribution is not None:
             with torch.no_grad():
                 log_probs.append(step.distribution.log_prob(step.prev_sample))

@@ -73,6 +73,11 @@ class DDIMSchedule(nn.Module):
         """KL in nats of one step for a unit change of |eps|^2, [T]: eps_gain^2 / (2 sigma^2)."""
         return self.eps_gain.square() / (2 * self.sigma.square())
 
+    @property
+    def linear_gain(self) -> Tensor:
+        """Derivative of the mean by x_t at latents of law N(0, I), where eps = sqrt(1 - A) x_t, [T]."""
+        return self.x_gain + self.eps_gain * (1 - self.alpha_bar).sqrt()
+
     def step(self, x_t: Tensor, eps: Tensor, timestep: Tensor) -> Independent:
         """Return the law of x_{t-1} given x_t and the predicted noise; event shape [C, H, W].
 

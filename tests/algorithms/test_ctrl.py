@@ -8,6 +8,7 @@ from diffrl.algorithms.truncation import Truncation
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.rollout import rollout
+from diffrl.types import ActorStep, draw
 
 
 class Smooth:
@@ -94,8 +95,6 @@ def test_truncation_equals_detaching_the_noise_prediction(tiny):
             return [step(obs["latents"], e, obs["timestep"]) for e in (eps, eps_ref)]
 
         def act(self, obs, generator):
-            from diffrl.types import ActorStep, draw
-
             self.i += 1
             law, self.reference = self.laws(obs, kept[self.i])
             return ActorStep(draw(law, generator), law)
@@ -110,38 +109,79 @@ def test_truncation_equals_detaching_the_noise_prediction(tiny):
 
 
 def test_kl_from_one_random_step_is_unbiased_in_value_and_gradient(tiny):
-    """The mean over the T possible steps of T KL_i is the whole sum, and so is its gradient."""
+    """The expectation over the step drawn of KL_i / p_i is the whole sum, and so is its gradient."""
     policy, env = make(tiny)
 
-    def kl_and_gradient(kl_steps):
+    def kl_and_gradient(kl_weights):
         generator = torch.Generator().manual_seed(5)
         trajectory = rollout(
-            env, policy, generator, reference=policy.reference, grad_steps=4, kl_steps=kl_steps, seed=5
+            env, policy, generator, reference=policy.reference, grad_steps=4, kl_weights=kl_weights, seed=5
         )
-        kl = trajectory.kl.mean() * 4
+        kl = trajectory.kl.sum(0).mean()
         gradient = torch.autograd.grad(kl, policy.lora_parameters(), materialize_grads=True)
         return torch.cat([kl.detach()[None], *(g.flatten() for g in gradient)])
 
-    single = [kl_and_gradient([i == j for j in range(4)]) for i in range(4)]
-    assert_close(torch.stack(single).mean(0), kl_and_gradient(None), atol=1e-12, rtol=1e-8)
+    share = (policy.schedule.kappa / policy.schedule.kappa.sum()).tolist()
+    single = [share[i] * kl_and_gradient([(i == j) / share[j] for j in range(4)]) for i in range(4)]
+    assert_close(torch.stack(single).sum(0), kl_and_gradient(None), atol=1e-12, rtol=1e-8)
 
 
 def test_a_step_measured_for_its_kl_alone_gives_the_reward_no_gradient(tiny):
     policy, env = make(tiny)
     gradients = []
-    for kl_steps in ([False, True, False, False], [False, False, False, True]):
+    for kl_weights in ([0, 4.0, 0, 0], [0, 0, 0, 4.0]):
         trajectory = rollout(
             env,
             policy,
             torch.Generator().manual_seed(5),
             reference=policy.reference,
             grad_steps=[True, False, False, False],
-            kl_steps=kl_steps,
+            kl_weights=kl_weights,
             seed=5,
         )
         gradients.append(torch.autograd.grad(trajectory.reward.sum(), policy.lora_parameters()[1])[0])
     assert_close(gradients[0], gradients[1], atol=1e-12)
     assert gradients[0].any()
+
+
+def test_the_linear_path_is_the_true_gradient_for_latents_of_standard_normal_law(tiny):
+    """There the optimal denoiser is eps = sqrt(1 - A) x_t, so with a learnt bias nothing is left out."""
+    policy, env = make(tiny, num_steps=5)
+    schedule = policy.schedule
+    bias = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    class Optimal:
+        def begin(self, obs):
+            self.i = -1
+
+        def act(self, obs, generator):
+            self.i += 1
+            eps = (1 - schedule.alpha_bar[self.i]).sqrt() * obs["latents"] + bias
+            law = schedule.step(obs["latents"], eps, obs["timestep"])
+            return ActorStep(draw(law, generator), law)
+
+    def gradient(path):
+        trajectory = rollout(
+            env, Optimal(), torch.Generator().manual_seed(1), grad_steps=5, path=path, seed=1
+        )
+        return torch.autograd.grad(trajectory.reward.sum(), bias)[0]
+
+    assert_close(gradient("linear"), gradient("network"), atol=0, rtol=1e-6)
+
+
+def test_on_the_linear_path_the_kept_steps_add_up(tiny):
+    """No step's gradient passes through another's network, so all together are the sum of each alone."""
+    policy, env = make(tiny)
+
+    def gradient(kept):
+        trajectory = rollout(
+            env, policy, torch.Generator().manual_seed(5), grad_steps=kept, path="linear", seed=5
+        )
+        return torch.autograd.grad(trajectory.reward.sum(), policy.lora_parameters()[1])[0]
+
+    single = [gradient([i == j for j in range(4)]) for i in range(4)]
+    assert all(g.any() for g in single)
+    assert_close(sum(single), gradient([True] * 4), atol=1e-12, rtol=1e-8)
 
 
 def test_no_graph_is_kept_without_gradient_steps(tiny):
@@ -258,12 +298,20 @@ class TestTruncation:
         assert (kept.sum(1) == 2).all()
         assert_close(kept.mean(0), [0, 0.4, 0.4, 0.4, 0.4, 0.4, 0, 0, 0, 0], atol=0.03)
 
-    def test_a_subset_comes_from_the_first_half_unless_told(self):
-        assert self.count(Truncation(kind="subset")).mean(0)[5:].tolist() == [0.0] * 5
+    def test_a_subset_comes_from_the_first_four_fifths_unless_told(self):
+        assert_close(self.count(Truncation(kind="subset")).mean(0), [3 / 8] * 8 + [0] * 2, atol=0.03)
         assert Truncation(kind="subset").kept(1, torch.Generator()) == [True]
 
     @pytest.mark.parametrize(
-        "settings", [{"kind": "gauss"}, {"draw": "epoch"}, {"low": -1}, {"low": 3, "high": 2}, {"count": 0}]
+        "settings",
+        [
+            {"kind": "gauss"},
+            {"draw": "epoch"},
+            {"low": -1},
+            {"low": 3, "high": 2},
+            {"count": 0},
+            {"path": "x"},
+        ],
     )
     def test_impossible_settings_are_refused(self, settings):
         with pytest.raises(DiffRLError, match=r"algo\.truncation"):

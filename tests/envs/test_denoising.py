@@ -58,6 +58,21 @@ def test_reset_with_a_seed_repeats_to_the_bit(tiny):
     assert not torch.equal(first["latents"], third["latents"])
 
 
+def test_a_batch_has_every_label_and_prompt_as_often_as_the_others(tiny):
+    """8 envs, 3 labels, 3 prompts: each 2 or 3 times; over many resets, every pair equally often."""
+    env = make_env(tiny, num_envs=8)
+    pairs = torch.zeros(3, 3)
+    env.reset(seed=0)
+    for _ in range(1500):
+        obs, _ = env.reset()
+        label = obs["label"][:, 0]
+        assert set(label.bincount(minlength=3).tolist()) == {2, 3}
+        prompt = torch.tensor([env.prompts.index(word) for word in env.context.prompts])
+        assert set(prompt.bincount(minlength=3).tolist()) == {2, 3}
+        pairs.view(-1).index_add_(0, 3 * label + prompt, torch.ones(8))
+    assert_close(pairs / pairs.sum(), torch.full((3, 3), 1 / 9), atol=0.005)
+
+
 def test_spaces_hold_what_is_returned_as_numpy(tiny):
     env = make_env(tiny)
     obs, _ = env.reset(seed=0)
