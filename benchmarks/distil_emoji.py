@@ -2,8 +2,10 @@
 
 After `pretrain_emoji`. A copy of the denoiser learns to predict in one call what the model predicts with
 guidance in two, eps_u + w (eps_c - eps_u), so that a faithful picture costs half as much: the finished
-model is sampled at guidance 1. For the empty prompt it learns the unguided prediction, so that guidance
-can still be added on top. Source: Meng et al., arXiv:2210.03142, stage one, at a single fixed w.
+model is sampled at guidance 1. How strong that is can be set afterwards, by how far the weights go from
+the old ones to the distilled: more is more faithful and less varied. For the empty prompt it learns the
+unguided prediction, so that guidance can still be added on top. Sources: Meng et al., arXiv:2210.03142,
+stage one, at a single w; interpolated weights, Wortsman et al., arXiv:2109.01903.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import copy
 import dataclasses
 import json
 import platform
+import shutil
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ class Distillation:
     """What decides the distilled weights. Those of the shipped model are in its recipe.json."""
 
     guidance: float = 2.0
+    blend: float = 0.4  # of the way from the old weights to the distilled ones
     steps: int = 2000
     batch: int = 32
     learning_rate: float = 4e-4
@@ -73,9 +77,15 @@ def distil(recipe: Distillation, model: Path, atlas: Path, work: Path, out: Path
         return F.mse_loss(student(noisy, timestep, embeds[caption]).sample, target)
 
     stage = Stage("distil", student, recipe.steps, recipe.learning_rate, work, ema=0.99)
-    pipeline.unet = stage.run(loss, recipe.seed).to("cpu", torch.float16)
+    distilled = stage.run(loss, recipe.seed)
+    with torch.no_grad():
+        for new, old in zip(distilled.parameters(), teacher.parameters(), strict=True):
+            new.lerp_(old, 1 - recipe.blend)
+    pipeline.unet = distilled.to("cpu", torch.float16)
     pipeline.vae.to("cpu", torch.float16)
     pipeline.save_pretrained(out)
+    if out != model:
+        shutil.copytree(model / "judge", out / "judge", dirs_exist_ok=True)
     path = out / "recipe.json"
     card = json.loads((model / path.name).read_text())
     hardware = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {platform.machine()}"

@@ -30,7 +30,7 @@ _RETURN_FREED_MEMORY = {
 def peak_megabytes(words: list[str]) -> float:
     """Return the peak of one update, MB, of this process; `words` are settings."""
     full = ["algo.truncation.kind=fixed", "algo.truncation.low=0", "algo.truncation.path=network"]
-    full += ["algo.kl_steps=null"]
+    full += ["algo.kl_steps=null", "env.checkpointing=true"]
     setup = Setup(config.load([*full, *words]))
     algo = setup.config.algo
     report = FitReport(0, 0, 0.0, 0.0, 0.0, 0.0, 1.0, ())

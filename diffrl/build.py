@@ -46,6 +46,7 @@ class Setup:
         self.device = _device(config.device)
         self.prompts = load_prompts(config.prompts)
         self.backbone = StableDiffusion.load(config.env.model).to(self.device)
+        self.backbone.checkpointing = config.env.checkpointing
         self.schedule = DDIMSchedule(self.backbone.scheduler, config.env.num_steps, config.env.eta).to(
             self.device
         )
@@ -60,6 +61,7 @@ class Setup:
             num_classes=num_classes,
             lora=self.config.policy,
             seed=self.config.seed,
+            checkpointing=self.config.env.checkpointing,
         )
 
     def make_env(self, reward: Reward, num_envs: int) -> DenoisingVectorEnv:
@@ -75,6 +77,11 @@ class Setup:
         """Return the number of classes of each attribute of the label, before any fit."""
         count = self.config.reward.num_classes
         return count if isinstance(count, tuple) else (count,)
+
+    @property
+    def learned_reward(self) -> bool:
+        """Whether the reward is a classifier, fitted or loaded."""
+        return _is_learned(self.config.reward)
 
     def make_reward(self, policy: Policy, *, refit: bool = False) -> Reward:
         """Return the reward, fitted and calibrated if it is a learned one and not in the cache."""

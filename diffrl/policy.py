@@ -70,6 +70,7 @@ class Policy(nn.Module):
         num_classes: of each attribute of the label.
         lora: size and place of the adapters.
         seed: of the adapters' random halves.
+        checkpointing: compute a step's activations again in the backward pass instead of keeping them.
     """
 
     null_embeds: Tensor
@@ -85,9 +86,11 @@ class Policy(nn.Module):
         num_classes: Sequence[int] = (),
         lora: LoRA | None = None,
         seed: int = 0,
+        checkpointing: bool = True,
     ) -> None:
         super().__init__()
         lora = lora or LoRA()
+        self.checkpointing = checkpointing
         self.schedule = schedule
         self.guidance_scale = guidance_scale
         self.control_scale = 1.0
@@ -148,10 +151,20 @@ class Policy(nn.Module):
         out = self.unet(x_t, timestep, prompt_embeds, class_labels=label, return_dict=False)
         return out[0].to(x_t.dtype)
 
+    def guided_eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
+        """Return the noise prediction `[N, C, H, W]` with guidance, at any timestep."""
+        obs: Observation = {
+            "latents": x_t,
+            "timestep": timestep,
+            "prompt_embeds": prompt_embeds,
+            "label": label,
+        }
+        return self._guided(obs, label, adapters=True)
+
     def _guided(self, obs: Observation, label: Tensor, *, adapters: bool) -> Tensor:
         inputs = (obs["latents"], obs["timestep"], obs["prompt_embeds"], label, adapters)
         self.num_calls += len(label) * self.calls_per_step
-        if not torch.is_grad_enabled():
+        if not (self.checkpointing and torch.is_grad_enabled()):
             return self._guided_eps(*inputs)
         return checkpoint(self._guided_eps, *inputs, use_reentrant=False, preserve_rng_state=False)
 

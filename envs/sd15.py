@@ -14,6 +14,8 @@ class SD15:
     eta: float = 1.0  # DDIM's: 0 deterministic, 1 as much noise as DDPM
     guidance_scale: float = 7.5  # CTRL, Table 2; 1 switches guidance off
 
+    checkpointing: bool = True  # recompute activations in the backward pass: slower by 1/3, far less memory
+
     def __post_init__(self) -> None:
         if self.guidance_scale < 1:
             raise DiffRLError(f"env.guidance_scale={self.guidance_scale}: must be 1 or more.")

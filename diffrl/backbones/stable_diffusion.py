@@ -33,6 +33,7 @@ class StableDiffusion(nn.Module):
         super().__init__()
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.scheduler = tokenizer, scheduler
+        self.checkpointing = True  # decode: compute activations again in the backward pass
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -107,7 +108,7 @@ class StableDiffusion(nn.Module):
         def run(latents: Tensor) -> Tensor:
             return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
-        if torch.is_grad_enabled() and latents.requires_grad:
+        if self.checkpointing and torch.is_grad_enabled() and latents.requires_grad:
             pixels = checkpoint(run, latents, use_reentrant=False, preserve_rng_state=False)
         else:
             pixels = run(latents)
