@@ -17,23 +17,29 @@ from diffrl.errors import DiffRLError
 
 @dataclass
 class Truncation:
-    """The law of the kept steps: K uniform in low..high, K fixed at low, or `count` steps of low..high."""
+    """Which steps are kept: those from K on, K by `kind`, or the last `count`, or `count` random ones."""
 
-    kind: str = "subset"  # uniform, fixed, or subset
-    draw: str = "trajectory"  # of a uniform K: once a trajectory, or anew at every step
+    kind: str = "subset"  # fixed (K = low), uniform (low..high), gaussian, last or subset
+    draw: str = "trajectory"  # of a random K: once a trajectory, or anew at every step
     low: int = 0
     high: int | None = None  # included; null: T - 1, or for a subset the end of the first four fifths
-    count: int = 3  # kept steps of a subset
+    mean: float = (
+        42.0  # of a gaussian K, rounded and drawn again until it is in low..high: AlignProp's code
+    )
+    std: float = 5.0
+    count: int = 4  # of the kinds last and subset
     path: str = "linear"  # from x_{t-1} to x_t: network (its Jacobian, the true gradient) or linear
 
     def __post_init__(self) -> None:
-        check_choice("algo.truncation.kind", self.kind, ("uniform", "fixed", "subset"))
+        check_choice("algo.truncation.kind", self.kind, ("fixed", "uniform", "gaussian", "last", "subset"))
         check_choice("algo.truncation.draw", self.draw, ("trajectory", "step"))
         check_choice("algo.truncation.path", self.path, ("network", "linear"))
         if self.count < 1:
             raise DiffRLError(f"algo.truncation.count={self.count}: must be 1 or more.")
         if self.low < 0 or (self.high is not None and self.high < self.low):
             raise DiffRLError(f"algo.truncation: low={self.low}, high={self.high}; needs 0 <= low <= high.")
+        if not self.std > 0:
+            raise DiffRLError(f"algo.truncation.std={self.std}: must be positive.")
 
     def kept(self, num_steps: int, generator: torch.Generator) -> list[bool]:
         """Return for each of the T steps whether it carries a gradient."""
@@ -41,19 +47,37 @@ class Truncation:
             raise DiffRLError(
                 f"algo.truncation.low={self.low}: cuts all of the {num_steps} steps; give less."
             )
-        if self.kind == "fixed":
-            return [i >= self.low for i in range(num_steps)]
-        high = num_steps - 1 if self.high is None else self.high
+        if self.kind == "last":
+            return [i >= num_steps - self.count for i in range(num_steps)]
         if self.kind == "subset":
-            high = max(4 * num_steps // 5 - 1, self.low) if self.high is None else min(high, num_steps - 1)
-            window = torch.randperm(high + 1 - self.low, generator=generator, device=generator.device)
-            chosen = {self.low + i for i in window[: self.count].tolist()}
-            return [i in chosen for i in range(num_steps)]
-        count = 1 if self.draw == "trajectory" else num_steps
-        cut = torch.randint(
-            self.low, high + 1, (count,), generator=generator, device=generator.device
-        ).tolist()
-        kept = [i >= k for i, k in enumerate(cut * num_steps if count == 1 else cut)]
+            return self._subset(num_steps, generator)
+        cuts = [
+            self._cut(num_steps, generator) for _ in range(1 if self.draw == "trajectory" else num_steps)
+        ]
+        kept = [i >= k for i, k in enumerate(cuts * num_steps if len(cuts) == 1 else cuts)]
         if not any(kept):  # a trajectory without any gradient would be drawn for nothing
             kept[-1] = True
         return kept
+
+    def _cut(self, num_steps: int, generator: torch.Generator) -> int:
+        """Return K."""
+        high = num_steps - 1 if self.high is None else self.high
+        if self.kind == "fixed":
+            return self.low
+        if self.kind == "uniform":
+            return int(torch.randint(self.low, high + 1, (), generator=generator, device=generator.device))
+        for _ in range(1000):
+            draw = torch.randn((), generator=generator, device=generator.device)
+            cut = round(self.mean + self.std * float(draw))
+            if self.low <= cut <= high:
+                return cut
+        raise DiffRLError(
+            f"algo.truncation.mean={self.mean} std={self.std}: a thousand draws, none within "
+            f"{self.low} to {high}; put the mean between them."
+        )
+
+    def _subset(self, num_steps: int, generator: torch.Generator) -> list[bool]:
+        last = max(4 * num_steps // 5 - 1, self.low) if self.high is None else min(self.high, num_steps - 1)
+        window = torch.randperm(last + 1 - self.low, generator=generator, device=generator.device)
+        chosen = {self.low + i for i in window[: self.count].tolist()}
+        return [i in chosen for i in range(num_steps)]

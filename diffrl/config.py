@@ -20,17 +20,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffrl.algorithms.ctrl import CTRL
+from diffrl.algorithms.ddpo import DDPO
+from diffrl.algorithms.reward_backprop import RewardBackprop
+from diffrl.algorithms.rwr import RWR
 from diffrl.envs.emoji import Emoji
 from diffrl.envs.sd15 import SD15
 from diffrl.errors import DiffRLError, unknown, unknown_setting
 from diffrl.policy import LoRA
 from diffrl.rewards.compressibility import Compressibility
-from diffrl.rewards.jpeg import Jpeg
+from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
 
 GROUPS: dict[str, dict[str, type]] = {
-    "algo": {"ctrl": CTRL},
+    "algo": {"ctrl": CTRL, "ddpo": DDPO, "rwr": RWR, "reward_backprop": RewardBackprop},
     "env": {"emoji": Emoji, "sd15": SD15},
-    "reward": {"compressibility": Compressibility, "jpeg": Jpeg},
+    "reward": {
+        "compressibility": Compressibility,
+        "jpeg": Jpeg,
+        "jpeg_incompressible": JpegIncompressible,
+    },
 }
 """What can be chosen on the command line, by group and name."""
 

@@ -49,7 +49,7 @@ def rollout(
     wanted = any(grad_steps)
     obs, _ = env.reset(seed=seed, options=options)
     actor.begin(obs)
-    latents, log_probs, kls = [obs["latents"].detach()], [], []
+    latents, log_probs, kls, log_ratios = [obs["latents"].detach()], [], [], []
     reward = info = None
     for i, keep in enumerate(grad_steps):
         x_t = obs["latents"]
@@ -59,7 +59,8 @@ def rollout(
         with torch.set_grad_enabled(keep or (measured and kl_weights is not None)):
             step = actor.act(seen, generator)
             if reference is not None and measured and step.distribution is not None:
-                kls.append(weight * kl_divergence(step.distribution, reference(seen)))
+                other = reference(seen)
+                kls.append(weight * kl_divergence(step.distribution, other))
         prev_sample = step.prev_sample if keep else step.prev_sample.detach()
         if x_t.requires_grad and (path == "linear" or not keep):
             gain = env.schedule.linear_gain[i] if path == "linear" else env.schedule.x_gain[i]
@@ -67,6 +68,8 @@ def rollout(
         if step.distribution is not None:
             with torch.no_grad():
                 log_probs.append(step.distribution.log_prob(step.prev_sample))
+                if measured:
+                    log_ratios.append(log_probs[-1] - other.log_prob(step.prev_sample))
         with torch.set_grad_enabled(wanted):
             obs, reward, _, _, info = env.step(prev_sample)
         latents.append(obs["latents"].detach())
@@ -77,6 +80,7 @@ def rollout(
         timesteps=env.schedule.timesteps.tolist(),
         log_prob=torch.stack(log_probs) if log_probs else None,
         kl=torch.stack(kls) if kls else None,
+        log_ratio=torch.stack(log_ratios) if log_ratios else None,
         reward=reward,
         images=info["images"].detach(),
         context=env.context,

@@ -24,6 +24,7 @@ class DDIMSchedule(nn.Module):
     timesteps: Tensor  # [T], falling
     alpha_bar: Tensor  # A, [T]
     alpha_bar_prev: Tensor  # P, [T]
+    train_alpha_bar: Tensor  # of every timestep the model was trained on, [1000]
     sigma: Tensor  # [T]
     x_gain: Tensor  # d mean / d x_t at fixed eps, [T]
     eps_gain: Tensor  # d mean / d eps at fixed x_t, [T]
@@ -63,7 +64,7 @@ class DDIMSchedule(nn.Module):
         # mu = x_gain * x_t + eps_gain * eps, the two coefficients of DDIM eq. 12
         x_gain = (p / a).sqrt()
         eps_gain = (1 - p - sigma**2).sqrt() - (p * (1 - a) / a).sqrt()
-        table = {"alpha_bar": a, "alpha_bar_prev": p, "sigma": sigma}
+        table = {"alpha_bar": a, "alpha_bar_prev": p, "train_alpha_bar": every, "sigma": sigma}
         table |= {"x_gain": x_gain, "eps_gain": eps_gain}
         for name, values in table.items():
             self.register_buffer(name, values.float(), persistent=False)

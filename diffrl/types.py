@@ -83,9 +83,52 @@ class Trajectory:
     timesteps: list[int]  # the scheduler's, T of them
     log_prob: Tensor | None  # of each action, nats, [T, N], detached
     kl: Tensor | None  # to the reference at each step where it was measured, nats, [at most T, N]
+    log_ratio: Tensor | None  # log p_theta - log p_ref of each action, where the KL is, detached
     reward: Tensor  # [N]
     images: Tensor  # decoded x_0, [N, 3, H, W] in [0, 1], detached
     context: Context
+
+    def decision(self, sample: Tensor, step: Tensor) -> tuple[Observation, Tensor]:
+        """Return the states and actions of B pairs (sample, step), indices `[B]` each.
+
+        Returns:
+            The observation `[B, ...]` and the x_{t-1} that was chosen there, `[B, C, H, W]`.
+        """
+        latents = torch.stack(self.latents)
+        timesteps = torch.tensor(self.timesteps, device=latents.device)
+        obs: Observation = {
+            "latents": latents[step, sample],
+            "timestep": timesteps[step],
+            "prompt_embeds": self.context.prompt_embeds[sample],
+            "label": self.context.label[sample],
+        }
+        return obs, latents[step + 1, sample]
+
+    @staticmethod
+    def cat(parts: Sequence["Trajectory"]) -> "Trajectory":
+        """Return the episodes of all parts, of equal T, as one."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+
+        def joined(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values, 1)
+
+        return Trajectory(
+            latents=[torch.cat(step) for step in zip(*(part.latents for part in parts), strict=True)],
+            timesteps=first.timesteps,
+            log_prob=joined("log_prob"),
+            kl=joined("kl"),
+            log_ratio=joined("log_ratio"),
+            reward=torch.cat([part.reward for part in parts]),
+            images=torch.cat([part.images for part in parts]),
+            context=Context(
+                [prompt for part in parts for prompt in part.context.prompts],
+                torch.cat([part.context.prompt_embeds for part in parts]),
+                torch.cat([part.context.label for part in parts]),
+            ),
+        )
 
 
 def draw(distribution: Independent, generator: torch.Generator) -> Tensor:

@@ -37,3 +37,15 @@ class Jpeg:
     def __call__(self, images: Tensor, context: Context) -> Tensor:
         """Return minus the size in kB, `[N]`."""
         return -jpeg_kilobytes(images).to(images.device)
+
+
+@dataclass
+class JpegIncompressible:
+    """The JPEG size in kB: large files are good."""
+
+    differentiable: ClassVar[bool] = False
+    num_classes: ClassVar[tuple[int, ...]] = ()
+
+    def __call__(self, images: Tensor, context: Context) -> Tensor:
+        """Return the size in kB, `[N]`."""
+        return jpeg_kilobytes(images).to(images.device)

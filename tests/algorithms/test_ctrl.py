@@ -293,13 +293,30 @@ class TestTruncation:
         kept = Truncation(kind="fixed", low=7).kept(10, torch.Generator())
         assert kept == [False] * 7 + [True] * 3
 
+    def test_last_keeps_so_many_last_steps(self):
+        assert Truncation(kind="last", count=3).kept(10, torch.Generator()) == [False] * 7 + [True] * 3
+
+    def test_gaussian_cuts_follow_alignprop_s_law_within_bounds(self):
+        # K is round(N(42, 5^2)) given 1 <= K <= 49; its mean by the same law on a fine grid
+        kept = self.count(Truncation(kind="gaussian", low=1), steps=50)
+        cuts = 50 - kept.sum(1)
+        assert cuts.min() >= 1
+        assert cuts.max() <= 49
+        k = torch.arange(1, 50.0)
+        share = torch.special.ndtr((k + 0.5 - 42) / 5) - torch.special.ndtr((k - 0.5 - 42) / 5)
+        assert_close(cuts.mean(), (k * share).sum() / share.sum(), atol=0.2)
+
+    def test_a_gaussian_that_never_falls_within_its_bounds_is_refused(self):
+        with pytest.raises(DiffRLError, match="put the mean between"):
+            Truncation(kind="gaussian").kept(10, torch.Generator())
+
     def test_a_subset_keeps_so_many_steps_each_equally_often(self):
         kept = self.count(Truncation(kind="subset", count=2, low=1, high=5))
         assert (kept.sum(1) == 2).all()
         assert_close(kept.mean(0), [0, 0.4, 0.4, 0.4, 0.4, 0.4, 0, 0, 0, 0], atol=0.03)
 
     def test_a_subset_comes_from_the_first_four_fifths_unless_told(self):
-        assert_close(self.count(Truncation(kind="subset")).mean(0), [3 / 8] * 8 + [0] * 2, atol=0.03)
+        assert_close(self.count(Truncation(kind="subset")).mean(0), [4 / 8] * 8 + [0] * 2, atol=0.03)
         assert Truncation(kind="subset").kept(1, torch.Generator()) == [True]
 
     @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""Each preset, its sizes aside: one update on fixed tensors against the gradient derived by hand."""
+
+import pytest
+import torch
+from conftest import assert_close
+from toy import Recorder, ToyEnv, ToyPolicy
+
+from diffrl import config
+
+
+def algorithm(preset, *words):
+    settings = ["algo.batch_size=8", "algo.micro_batch_size=8", "algo.max_grad_norm=1e9", *words]
+    return config.load([f"+experiment={preset}", *settings]).algo
+
+
+def one_update(algo, num_steps, seed=0):
+    policy = ToyPolicy(num_steps, num_labels=1)
+    env = ToyEnv(policy.schedule, 8, num_labels=1)
+    batch = algo.collect(env, policy, torch.Generator().manual_seed(seed))
+    recorder = Recorder(policy)
+    torch.manual_seed(seed)
+    algo.update([batch], policy, recorder)
+    (gradient,) = recorder.gradients
+    return float(gradient[0]), batch, policy.schedule, float(policy.theta.detach()[0])
+
+
+def score(batch, schedule, theta, t):
+    """d log p(x_{t-1} | x_t) / d theta at step t, [N]."""
+    mean = schedule.linear_gain[t] * batch.latents[t] + schedule.eps_gain[t] * theta
+    return ((batch.latents[t + 1] - mean) / schedule.sigma[t] ** 2 * schedule.eps_gain[t]).flatten()
+
+
+def test_ddpo_pytorch():
+    """-1/(B T) sum A grad log p, the advantages of the batch while a prompt has fewer than 16 rewards."""
+    gradient, batch, schedule, theta = one_update(algorithm("ddpo_pytorch", "algo.minibatches=1"), 5)
+    reward = batch.reward
+    advantage = ((reward - reward.mean()) / reward.std(unbiased=False)).clamp(-5, 5)
+    by_hand = -torch.stack([advantage * score(batch, schedule, theta, t) for t in range(5)]).mean()
+    assert_close(gradient, by_hand, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["rwr_paper", "rwr_sparse_paper"])
+def test_rwr_paper(preset):
+    """2 E[w (theta - noise)]: w = N softmax(r / 5), or 1 for the best tenth."""
+    gradient, batch, _, theta = one_update(algorithm(preset, "algo.epochs=1", "algo.fit_batch_size=8"), 5)
+    if preset == "rwr_paper":
+        weight = 8 * (batch.reward / 5).softmax(0)
+    else:
+        weight = torch.zeros(8, dtype=torch.float64)
+        weight[batch.reward.argmax()] = 1
+    kept = weight.nonzero()[:, 0]
+    torch.manual_seed(0)
+    order = torch.randperm(len(kept))
+    torch.randint(1000, (len(kept),))
+    noise = torch.randn(len(kept), 1, 1, 1).flatten()
+    by_hand = (2 * weight[kept][order] * (theta - noise)).mean()
+    assert_close(gradient, by_hand, atol=0, rtol=1e-6)
+
+
+def path_slope(schedule, kept):
+    """d x_0 / d theta: through the network where a step is kept, along x_gain alone where it is cut."""
+    path, slope = 1.0, 0.0
+    for t in reversed(range(schedule.num_steps)):
+        slope += path * float(schedule.eps_gain[t]) * kept[t]
+        path *= float(schedule.linear_gain[t] if kept[t] else schedule.x_gain[t])
+    return slope
+
+
+def test_alignprop():
+    """-E[dr/dx_0] times the slope through the last T - K steps, one K for the whole batch."""
+    algo = algorithm("alignprop")
+    gradient, batch, schedule, _ = one_update(algo, 50)
+    kept = algo.truncation.kept(50, torch.Generator().manual_seed(0))
+    assert sorted(kept) == kept
+    assert 1 <= sum(kept) <= 49
+    x_0 = batch.latents[-1].flatten()
+    assert_close(gradient, (2 * (x_0 - 1)).mean() * path_slope(schedule, kept), atol=0, rtol=1e-5)
+
+
+def test_ctrl_paper():
+    """The same with a cut at every step anew, and the KL of the kept steps, 2 theta kappa / gamma each."""
+    algo = algorithm("ctrl_paper")
+    gradient, batch, schedule, theta = one_update(algo, 50)
+    kept = algo.truncation.kept(50, torch.Generator().manual_seed(0))
+    assert sorted(kept) != kept
+    x_0 = batch.latents[-1].flatten()
+    of_kl = 2 * theta * sum(float(k) for k, keep in zip(schedule.kappa, kept, strict=True) if keep)
+    by_hand = (2 * (x_0 - 1)).mean() * path_slope(schedule, kept) + of_kl / 10
+    assert_close(gradient, by_hand, atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "preset", ["ddpo_pytorch", "rwr_paper", "rwr_sparse_paper", "alignprop", "ctrl_paper"]
+)
+def test_every_preset_is_complete_and_for_sd15(preset):
+    settings = config.load([f"+experiment={preset}"])
+    assert settings.env.num_steps == 50
+    assert config.chosen(settings, "env") == "sd15"
+    assert settings.policy.rank == 4

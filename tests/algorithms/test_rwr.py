@@ -1,0 +1,84 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import assert_close
+from toy import Recorder, ToyEnv, ToyPolicy
+
+from diffrl.algorithms.rwr import RWR
+from diffrl.errors import DiffRLError
+
+
+def batch_of(policy, rewards, prompts=None, labels=None):
+    env = ToyEnv(policy.schedule, len(rewards), num_labels=len(policy.theta))
+    batch = RWR().collect(env, policy, torch.Generator().manual_seed(0))
+    context = replace(
+        batch.context,
+        prompts=prompts or ["x"] * len(rewards),
+        label=torch.tensor(labels or [0] * len(rewards))[:, None],
+    )
+    return replace(batch, reward=torch.tensor(rewards, dtype=torch.float64), context=context)
+
+
+def test_exponential_weights_are_a_softmax_that_averages_one():
+    batch = batch_of(ToyPolicy(), [0.0, 5.0, 10.0])
+    e = torch.tensor([0.0, 1.0, 2.0]).double().exp()
+    assert_close(RWR(gamma=0.2).weigh(batch), 3 * e / e.sum(), atol=1e-9)
+
+
+def test_per_prompt_weights_compete_within_a_prompt_and_label():
+    batch = batch_of(ToyPolicy(), [0.0, 5.0, 7.0, 100.0], ["a", "a", "a", "b"], [0, 0, 1, 0])
+    e = torch.tensor([0.0, 1.0]).double().exp()
+    expected = torch.cat([2 * e / e.sum(), torch.ones(2)])
+    assert_close(RWR(gamma=0.2, per_prompt=True).weigh(batch), expected, atol=1e-9)
+
+
+def test_sparse_weights_keep_the_top_tenth_or_what_reaches_the_threshold():
+    batch = batch_of(ToyPolicy(), [float(i) for i in range(20)])
+    assert RWR(weights="percentile").weigh(batch).tolist() == [0.0] * 18 + [1.0] * 2
+    assert RWR(weights="threshold", threshold=17.0).weigh(batch).tolist() == [0.0] * 17 + [1.0] * 3
+
+
+def test_a_threshold_that_nothing_reaches_is_named():
+    policy = ToyPolicy()
+    algorithm = RWR(weights="threshold", threshold=3.0)
+    with pytest.raises(DiffRLError, match=r"none of 4 rewards reaches it, the best is 2\.000"):
+        algorithm.update([batch_of(policy, [1.0, 2.0, 0.0, 1.0])], policy, Recorder(policy))
+
+
+def test_the_gradient_is_that_of_the_weighted_denoising_error():
+    """eps_theta = theta, so d/dtheta E[w (theta - noise)^2] = 2 E[w (theta - noise)]."""
+    policy = ToyPolicy(num_labels=1)
+    algorithm = RWR(epochs=1, fit_batch_size=6, micro_batch_size=3, batch_size=6, max_grad_norm=1e9)
+    batch = batch_of(policy, [0.0, 5.0, 10.0, 1.0, 2.0, 3.0])
+    recorder = Recorder(policy)
+    torch.manual_seed(3)
+    algorithm.update([batch], policy, recorder)
+    torch.manual_seed(3)
+    order, by_hand, weight = torch.randperm(6), 0.0, algorithm.weigh(batch)
+    for part in order.split(3):
+        torch.randint(1000, (3,))
+        noise = torch.randn(3, 1, 1, 1).double().flatten()
+        by_hand += float((2 * weight[part] * (policy.theta.detach() - noise)).sum()) / 6
+    assert_close(recorder.gradients[0][0], by_hand, atol=1e-6)
+
+
+def test_pictures_come_from_the_pretrained_model_if_asked():
+    policy = ToyPolicy()
+    policy.theta.data += 5.0
+    means = {}
+    for source in ("policy", "pretrained"):
+        env = ToyEnv(policy.schedule, 512)
+        batch = RWR(source=source).collect(env, policy, torch.Generator().manual_seed(0))
+        means[source] = batch.latents[-1].mean()
+    assert means["pretrained"].abs() < 0.2
+    assert means["policy"].abs() > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"source": "x"}, {"weights": "x"}, {"gamma": 0.0}, {"percentile": 100.0}, {"epochs": 0}],
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(DiffRLError, match=rf"algo\.{next(iter(settings))}"):
+        RWR(**settings)
