@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = add("sample", _sample, "draw pictures with a run's policy")
     sample.add_argument("folder", type=Path, metavar="RUN", help="a folder of 'diffrl train'")
     sample.add_argument("--prompt", required=True, help="what to draw")
-    sample.add_argument("--label", type=int, required=True, help="the control; -1 for none")
+    sample.add_argument("--label", type=int, default=-1, help="the control (default -1: none)")
     sample.add_argument("-n", type=int, default=8, help="pictures (default 8)")
     sample.add_argument("--control-scale", type=float, default=1.0, help="strength (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
@@ -115,6 +115,7 @@ def _fit(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     from diffrl import run
+    from diffrl.rewards.log_likelihood import LogLikelihood
 
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
@@ -125,7 +126,7 @@ def _eval(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(measures))
     else:
-        _show(measures, reward.edges.tolist())
+        _show(measures, reward.edges.tolist() if isinstance(reward, LogLikelihood) else None)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -134,6 +135,8 @@ def _sample(options: argparse.Namespace) -> None:
 
     from diffrl import run
     from diffrl.log import console, grid
+    from diffrl.rewards.jpeg import jpeg_kilobytes
+    from diffrl.rewards.log_likelihood import LogLikelihood
     from diffrl.rollout import rollout
     from diffrl.types import to_pixels
 
@@ -142,7 +145,9 @@ def _sample(options: argparse.Namespace) -> None:
     setup, policy, reward = run.restore(options.folder, {})
     policy.control_scale = options.control_scale
     env = setup.make_env(reward, options.n)
-    label = torch.full((options.n, 1), options.label)
+    if options.label >= 0 and not reward.num_classes:
+        raise DiffRLError(f"--label {options.label}: this run has no labels, its reward has no classes.")
+    label = torch.full((options.n, len(reward.num_classes)), options.label)
     trajectory = rollout(
         env,
         policy,
@@ -150,19 +155,21 @@ def _sample(options: argparse.Namespace) -> None:
         seed=options.seed,
         options={"prompts": [options.prompt] * options.n, "label": label},
     )
-    sizes = reward.measure(trajectory.images).tolist()
-    classes = reward.true_class(trajectory.images).tolist()
+    sizes = jpeg_kilobytes(trajectory.images).tolist()
     folder = options.out or options.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{options.prompt.replace(' ', '-').replace('/', '-')}-label{options.label}"
+    stem = options.prompt.replace(" ", "-").replace("/", "-")
+    stem += f"-label{options.label}" if reward.num_classes else ""
     for number, pixels in enumerate(to_pixels(trajectory.images)):
         Image.fromarray(pixels).save(folder / f"{stem}-{number:02d}.png")
     across = 8
     rows = list(trajectory.images.split(across))
     rows[-1] = torch.cat([rows[-1], rows[-1].new_ones(len(rows[0]) - len(rows[-1]), *rows[0].shape[1:])])
     grid(rows, [""] * len(rows)).save(folder / f"{stem}.png")
-    hits = sum(y == options.label for y in classes)
-    of_class = f", {hits} of true class {options.label}" if options.label >= 0 else ""
+    of_class = ""
+    if options.label >= 0 and isinstance(reward, LogLikelihood):
+        hits = int((reward.true_class(trajectory.images) == options.label).sum())
+        of_class = f", {hits} of true class {options.label}"
     console.print(
         f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB{of_class}"
     )
@@ -190,10 +197,27 @@ def _list(options: argparse.Namespace) -> None:
     console.print(table)
 
 
-def _show(measures: dict[str, Any], edges: list[float]) -> None:
-    from rich.table import Table
-
+def _show(measures: dict[str, Any], edges: list[float] | None) -> None:
     from diffrl.log import console
+
+    said = [f"reward {measures['reward_mean']:.3f} +- {measures['reward_std']:.3f}"]
+    if edges:
+        console.print(_control_table(measures, edges))
+        said = [f"accuracy {measures['accuracy']:.3f}, macro F1 {measures['macro_f1']:.3f}"]
+        said += [f"log p {measures['mean_logp']:.2f}"]
+    if measures["kl_nats"] is not None:
+        said += [f"KL {measures['kl_nats']:.1f} nats"]
+    if "prompt_fidelity" in measures:
+        said += [f"prompt fidelity {measures['prompt_fidelity']:.3f}"]
+    console.print(", ".join(said))
+    console.print(
+        f"{measures['n']} pictures, {measures['nfe_per_image']:.0f} network calls and "
+        f"{measures['seconds_per_image']:.3f} s a picture"
+    )
+
+
+def _control_table(measures: dict[str, Any], edges: list[float]) -> Any:
+    from rich.table import Table
 
     bounds = [f"> {edges[-1]:.2f} kB"]
     bounds += [f"{a:.2f} to {b:.2f}" for a, b in zip(edges[-2::-1], edges[:0:-1], strict=True)]
@@ -202,26 +226,10 @@ def _show(measures: dict[str, Any], edges: list[float]) -> None:
     for heading in ("label", "true size", "accuracy", "J", "log Z", "gap (nats)"):
         table.add_column(heading, justify="right")
     for y, bound in enumerate(bounds):
-        log_z, gap = (measures[key][y] if measures[key] else None for key in ("log_z", "gap"))
-        table.add_row(
-            str(y),
-            bound,
-            f"{measures['per_class'][y]:.3f}",
-            f"{measures['objective'][y]:.2f}",
-            "-" if log_z is None else f"{log_z:.2f}",
-            "-" if gap is None else f"{gap:.2f}",
-        )
-    console.print(table)
-    fidelity = measures.get("prompt_fidelity")
-    console.print(
-        f"accuracy {measures['accuracy']:.3f}, macro F1 {measures['macro_f1']:.3f}, KL "
-        f"{measures['kl_nats']:.1f} nats, log p {measures['mean_logp']:.2f}"
-        + (f", prompt fidelity {fidelity:.3f}" if fidelity is not None else "")
-    )
-    console.print(
-        f"{measures['n']} pictures, {measures['nfe_per_image']:.0f} network calls and "
-        f"{measures['seconds_per_image']:.3f} s a picture"
-    )
+        nats = (measures[key][y] if measures.get(key) else None for key in ("objective", "log_z", "gap"))
+        known = ("-" if value is None else f"{value:.2f}" for value in nats)
+        table.add_row(str(y), bound, f"{measures['per_class'][y]:.3f}", *known)
+    return table
 
 
 def _quieten() -> None:

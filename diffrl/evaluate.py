@@ -14,11 +14,12 @@ from torch import Tensor
 
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.log import grid
-from diffrl.policy import Policy
+from diffrl.policy import Policy, Pretrained
+from diffrl.rewards.jpeg import jpeg_kilobytes
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.prompt_fidelity import PromptFidelity
 from diffrl.rollout import rollout
-from diffrl.types import NO_LABEL, Actor
+from diffrl.types import NO_LABEL
 
 
 def evaluate(
@@ -30,57 +31,70 @@ def evaluate(
     seed: int = 42,
     judge: PromptFidelity | None = None,
 ) -> dict[str, Any]:
-    """Return the measures of a controlled policy over `num_pictures`, labels in equal blocks.
+    """Return the measures of a policy over `num_pictures`.
 
-    Accuracy, macro F1, confusion and per-class accuracy are by the true measure, never by the classifier.
-    `objective` is J = gamma log p - KL and `gap` is log Z - J, both per label, in nats. Its noise and
-    prompts come from `seed` alone: an evaluation neither reads nor moves a training generator.
+    Of any reward: its mean and standard deviation, KL in nats (null where eta is 0), prompt fidelity where
+    there is a judge, cost. Of a control, with labels in equal blocks, also what `_control` and `_optimality`
+    return. Noise and prompts come from `seed` alone: an evaluation neither reads nor moves a generator of
+    training.
     """
-    reward = env.reward
-    assert isinstance(reward, LogLikelihood)
-    (num_classes,) = reward.num_classes
     generator = torch.Generator(env.device).manual_seed(seed)
-    target = torch.arange(num_pictures) * num_classes // num_pictures
-    predicted, log_p, kl, faithful = [], [], [], []
+    counts = env.reward.num_classes
+    target = torch.arange(num_pictures) * (counts[0] if counts else 0) // num_pictures
+    reference = policy.reference if env.schedule.eta > 0 else None
+    rewards, kl, guess, faithful = [], [], [], []
     for start in range(0, num_pictures, env.num_envs):
         # the last batch is filled up and trimmed: N is fixed
         index = torch.arange(start, start + env.num_envs).clamp(max=num_pictures - 1)
-        trajectory = rollout(
-            env,
-            policy,
-            generator,
-            reference=policy.reference,
-            seed=seed if start == 0 else None,
-            options={"label": target[index, None]},
-        )
+        options = {"label": target[index, None]} if counts else None
+        first = seed if start == 0 else None
+        trajectory = rollout(env, policy, generator, reference=reference, seed=first, options=options)
         keep = min(env.num_envs, num_pictures - start)
-        assert trajectory.kl is not None
-        predicted.append(reward.true_class(trajectory.images)[:keep])
-        log_p.append(trajectory.reward[:keep].cpu())
-        kl.append(trajectory.kl.sum(0)[:keep].cpu())
+        rewards.append(trajectory.reward[:keep].cpu())
+        if trajectory.kl is not None:
+            kl.append(trajectory.kl.sum(0)[:keep].cpu())
+        if isinstance(env.reward, LogLikelihood):
+            guess.append(env.reward.true_class(trajectory.images)[:keep])
         if judge is not None:
             faithful.append(judge(trajectory.images, trajectory.context.prompts)[:keep].cpu())
-    truth, guess = target.numpy(), torch.cat(predicted).numpy()
-    labels = list(range(num_classes))
-    confusion = confusion_matrix(truth, guess, labels=labels)
-    objective = gamma * torch.cat(log_p) - torch.cat(kl)
-    per_label = torch.stack([objective[target == y].mean() for y in labels])
-    log_z = reward.log_z(gamma)
+    reward = torch.cat(rewards)
     measures: dict[str, Any] = {
-        "accuracy": float(accuracy_score(truth, guess)),
-        "macro_f1": float(f1_score(truth, guess, labels=labels, average="macro", zero_division=0)),
-        "confusion": confusion.tolist(),
-        "per_class": (confusion.diagonal() / confusion.sum(1).clip(min=1)).tolist(),
-        "kl_nats": float(torch.cat(kl).mean()),
-        "mean_logp": float(torch.cat(log_p).mean()),
-        "objective": per_label.tolist(),
-        "log_z": None if log_z is None else log_z.tolist(),
-        "gap": None if log_z is None else (log_z.cpu() - per_label).tolist(),
+        "reward_mean": float(reward.mean()),
+        "reward_std": float(reward.std(unbiased=False)),
+        "kl_nats": float(torch.cat(kl).mean()) if kl else None,
         "n": num_pictures,
     }
+    if isinstance(env.reward, LogLikelihood):
+        measures |= _control(env.reward, target, torch.cat(guess), reward)
+        if kl:
+            measures |= _optimality(env.reward, target, gamma * reward - torch.cat(kl), gamma)
     if judge is not None:
         measures["prompt_fidelity"] = float(torch.cat(faithful).float().mean())
     return measures | _cost(env, policy, seed)
+
+
+def _control(reward: LogLikelihood, target: Tensor, guess: Tensor, log_p: Tensor) -> dict[str, Any]:
+    """Return how well labels are obeyed, by the true measure, never by the classifier."""
+    labels = list(range(*reward.num_classes))
+    confusion = confusion_matrix(target, guess, labels=labels)
+    return {
+        "accuracy": float(accuracy_score(target, guess)),
+        "macro_f1": float(f1_score(target, guess, labels=labels, average="macro", zero_division=0)),
+        "confusion": confusion.tolist(),
+        "per_class": (confusion.diagonal() / confusion.sum(1).clip(min=1)).tolist(),
+        "mean_logp": float(log_p.mean()),
+    }
+
+
+def _optimality(reward: LogLikelihood, target: Tensor, objective: Tensor, gamma: float) -> dict[str, Any]:
+    """Return J = gamma log p - KL and the gap log Z - J of each label, nats; null where Z is unknown."""
+    per_label = torch.stack([objective[target == y].mean() for y in range(*reward.num_classes)])
+    log_z = reward.log_z(gamma)
+    return {
+        "objective": per_label.tolist(),
+        "log_z": None if log_z is None else log_z.tolist(),
+        "gap": None if log_z is None else (log_z.cpu() - per_label).tolist(),
+    }
 
 
 def _cost(env: DenoisingVectorEnv, policy: Policy, seed: int) -> dict[str, float]:
@@ -94,22 +108,27 @@ def _cost(env: DenoisingVectorEnv, policy: Policy, seed: int) -> dict[str, float
     }
 
 
-def control_grid(
-    env: DenoisingVectorEnv, policy: Actor, prompts: list[str], *, seed: int = 42
+def picture_grid(
+    env: DenoisingVectorEnv, policy: Policy, prompts: list[str], *, seed: int = 42
 ) -> Image.Image:
-    """Return pictures with one row a label (and one without), one column a prompt, the same noise."""
-    reward = env.reward
-    assert isinstance(reward, LogLikelihood)
-    (num_classes,) = reward.num_classes
+    """Return pictures, one column a prompt and the same noise in each row.
+
+    The first row is the pretrained model's; then one row a label, or one row if there are no labels.
+    """
     words = (prompts * env.num_envs)[: env.num_envs]
     rows: list[Tensor] = []
     names = []
-    for label in [NO_LABEL, *range(num_classes)]:
+    counts = env.reward.num_classes
+    for label in [None, *range(*counts)] if counts else [None, NO_LABEL]:
         generator = torch.Generator(env.device).manual_seed(seed)
-        options = {"label": torch.full((env.num_envs, 1), label), "prompts": words}
-        rows.append(rollout(env, policy, generator, seed=seed, options=options).images)
-        size = float(reward.measure(rows[-1]).mean())
-        names.append(f"{'no label' if label == NO_LABEL else f'label {label}'}\n{size:.2f} kB")
+        options: dict[str, Any] = {"prompts": words}
+        if counts:
+            options["label"] = torch.full((env.num_envs, 1), NO_LABEL if label is None else label)
+        actor = Pretrained(policy) if label is None else policy
+        rows.append(rollout(env, actor, generator, seed=seed, options=options).images)
+        size = float(jpeg_kilobytes(rows[-1]).mean())
+        name = "pretrained" if label is None else f"label {label}" if counts else "trained"
+        names.append(f"{name}\n{size:.2f} kB")
     return grid(rows, names, words)
 
 

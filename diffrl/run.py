@@ -16,13 +16,12 @@ from diffrl import checkpoint
 from diffrl import config as settings
 from diffrl.build import Setup
 from diffrl.config import Config
-from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
-from diffrl.evaluate import control_grid, evaluate, load_judge
+from diffrl.evaluate import evaluate, load_judge, picture_grid
 from diffrl.log import RunLog, console, progress
 from diffrl.policy import Policy
 from diffrl.rewards.log_likelihood import LogLikelihood
-from diffrl.types import Trajectory
+from diffrl.types import Reward, Trajectory
 
 CONFIG_FILE = "config.yaml"
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -45,8 +44,10 @@ def train(config: Config) -> Path:
     torch.manual_seed(config.seed)
     with RunLog(folder) as log:
         log.write(0, {"time/setup_seconds": time.perf_counter() - begin} | _report(reward))
-        Run(setup, policy, reward, log).loop()
-        checkpoint.save(policy, folder)
+        try:
+            Run(setup, policy, reward, log).loop()
+        finally:  # a reward that breaks down must not cost what was learnt before it
+            checkpoint.save(policy, folder)
     minutes = (time.perf_counter() - begin) / 60
     console.print(f"[bold]{folder}[/]: done in {minutes:.1f} minutes. Next: diffrl eval {folder}")
     return folder
@@ -55,7 +56,7 @@ def train(config: Config) -> Path:
 class Run:
     """One policy in one env with one algorithm, for `algo.updates` updates."""
 
-    def __init__(self, setup: Setup, policy: Policy, reward: Any, log: RunLog) -> None:
+    def __init__(self, setup: Setup, policy: Policy, reward: Reward, log: RunLog) -> None:
         self.config, self.setup, self.policy, self.reward, self.log = (
             setup.config, setup, policy, reward, log,
         )  # fmt: skip
@@ -76,8 +77,9 @@ class Run:
                 begin, calls = time.perf_counter(), self.policy.num_calls
                 hits: list[torch.Tensor] = []
                 metrics = algo.update(self._collect(hits), self.policy, optimizer)
+                if hits:
+                    metrics["rollout/accuracy"] = float(torch.cat(hits).float().mean())
                 metrics |= {
-                    "rollout/accuracy": float(torch.cat(hits).float().mean()),
                     "time/seconds_per_image": (time.perf_counter() - begin) / algo.batch_size,
                     "time/calls_per_image": (self.policy.num_calls - calls) / algo.batch_size,
                     "train/learning_rate": base[0] * algo.rate(update),
@@ -93,23 +95,25 @@ class Run:
         algo = self.config.algo
         for _ in range(algo.batch_size // algo.micro_batch_size):
             trajectory = algo.collect(self.env, self.policy, self.generator)
-            label = trajectory.context.label[:, 0].cpu()
-            hits.append(self.reward.true_class(trajectory.images) == label)
+            if isinstance(self.reward, LogLikelihood):
+                label = trajectory.context.label[:, 0].cpu()
+                hits.append(self.reward.true_class(trajectory.images) == label)
             yield trajectory
 
     def _evaluate(self, update: int, num_pictures: int) -> None:
         measures = measure(self.setup, self.policy, self.reward, num_pictures)
         self.log.write(update, {f"eval/{name}": value for name, value in measures.items()})
-        picture = picture_grid(self.setup, self.policy, self.reward)
+        env = self.setup.make_env(self.reward, _GRID_ENVS)
+        picture = picture_grid(env, self.policy, self.setup.prompts[:_GRID_ENVS])
         path = self.log.picture(update, "grid", picture)
-        console.print(
-            f"update {update}: accuracy {measures['accuracy']:.2f}, KL {measures['kl_nats']:.1f} nats, "
-            f"{path}"
-        )
+        said = [f"reward {measures['reward_mean']:.3f}"]
+        said += [f"accuracy {measures['accuracy']:.2f}"] if "accuracy" in measures else []
+        said += [] if measures["kl_nats"] is None else [f"KL {measures['kl_nats']:.1f} nats"]
+        console.print(f"update {update}: {', '.join(said)}, {path}")
 
 
 def measure(
-    setup: Setup, policy: Policy, reward: LogLikelihood, num_pictures: int, seed: int = 42
+    setup: Setup, policy: Policy, reward: Reward, num_pictures: int, seed: int = 42
 ) -> dict[str, Any]:
     """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
     env = setup.make_env(reward, min(_EVAL_ENVS, num_pictures))
@@ -120,13 +124,7 @@ def measure(
     return evaluate(env, policy, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge)
 
 
-def picture_grid(setup: Setup, policy: Policy, reward: LogLikelihood) -> Any:
-    """Return the grid of an evaluation: rows are labels, columns the first prompts, the same noise."""
-    env: DenoisingVectorEnv = setup.make_env(reward, _GRID_ENVS)
-    return control_grid(env, policy, setup.prompts[:_GRID_ENVS])
-
-
-def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, LogLikelihood]:
+def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Reward]:
     """Return a finished run's model, its trained policy and its reward.
 
     Args:
@@ -139,7 +137,10 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, LogLi
     for name, value in overrides.items():
         setattr(config, name, value)
     setup = Setup(config)
-    reward = LogLikelihood.load(path / CLASSIFIER_FILE).to(setup.device)
+    if setup.learned_reward:
+        reward: Reward = LogLikelihood.load(path / CLASSIFIER_FILE).to(setup.device)
+    else:
+        reward = config.reward
     policy = setup.make_policy(reward.num_classes)
     checkpoint.load(policy, path)
     return setup, policy, reward
@@ -163,10 +164,9 @@ def _report(reward: Any) -> dict[str, Any]:
 
 
 def _note(metrics: dict[str, float]) -> str:
-    return (
-        f"log p {metrics['rollout/reward_mean']:.2f}  KL {metrics['rollout/kl']:.1f}  "
-        f"J {metrics['rollout/objective']:.1f}  accuracy {metrics['rollout/accuracy']:.2f}"
-    )
+    shown = {"reward_mean": "reward", "kl": "KL", "objective": "J", "accuracy": "accuracy"}
+    known = {word: metrics.get(f"rollout/{name}") for name, word in shown.items()}
+    return "  ".join(f"{word} {value:.2f}" for word, value in known.items() if value is not None)
 
 
 def _folder(config: Config) -> Path:

@@ -140,13 +140,13 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         reward, info = torch.zeros(self.num_envs, device=self.device), {}
         if done:
             images = self.backbone.decode(self._latents)
-            reward, info = self.reward(images, self.context), {"images": images}
+            reward, info = self._score(images, self.context), {"images": images}
         terminated = torch.full((self.num_envs,), done, device=self.device)
         return self._observe(), reward, terminated, torch.zeros_like(terminated), info
 
     def value(self, x_0: Tensor, context: Context) -> Tensor:
         """Return the terminal reward `[N]` of latents `x_0` `[N, C, H, W]`."""
-        return self.reward(self.backbone.decode(x_0), context)
+        return self._score(self.backbone.decode(x_0), context)
 
     def render(self) -> tuple[np.ndarray, ...]:
         """Return each env's current latents decoded, uint8 `[S, S, 3]`."""
@@ -158,6 +158,27 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Nothing is held open."""
+
+    def _score(self, images: Tensor, context: Context) -> Tensor:
+        reward = self.reward(images, context)
+        name = type(self.reward).__name__
+        if not isinstance(reward, Tensor) or not reward.is_floating_point():
+            kind = str(reward.dtype) if isinstance(reward, Tensor) else type(reward).__name__
+            raise DiffRLError(
+                f"reward {name} returned {kind}; it must be a tensor of floats, one a picture."
+            )
+        if tuple(reward.shape) != (len(images),):
+            raise DiffRLError(
+                f"reward {name} returned shape {list(reward.shape)} for {len(images)} pictures; it must be "
+                f"[{len(images)}]."
+            )
+        if not reward.isfinite().all():
+            i = int((~reward.isfinite()).nonzero()[0, 0])
+            raise DiffRLError(
+                f"reward {name} returned {float(reward[i])} for picture {i} ({context.prompts[i]!r}, label "
+                f"{context.label[i].tolist()}); rewards must be finite."
+            )
+        return reward
 
     def _observe(self) -> Observation:
         assert self._clock is not None

@@ -12,6 +12,7 @@ from diffrl.cli import main
 
 FAST = [
     "env.num_steps=2",
+    "env.guidance_scale=1.5",
     "algo.updates=2",
     "algo.batch_size=4",
     "algo.micro_batch_size=2",
@@ -39,6 +40,35 @@ def fails(capsys, *argv):
     return lines[0]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["algo=ddpo", "reward=jpeg"],
+        ["algo=ddpo", "reward=jpeg_incompressible", "algo.kl=0.1"],
+        ["algo=rwr", "reward=jpeg", "algo.epochs=1"],
+        ["algo=ddpo", "reward=compressibility"],
+        ["algo=rwr", "reward=compressibility", "algo.source=pretrained"],
+        ["algo=reward_backprop", "algo.truncation.kind=last", "algo.truncation.count=1", "env.eta=0"],
+        ["algo=reward_backprop", "algo.variance_samples=2"],
+    ],
+    ids=" ".join,
+)
+def test_every_algorithm_trains_and_its_run_can_be_measured(words, tiny_path, tmp_path, capsys):
+    black_box = any("jpeg" in word for word in words)
+    fast = [word for word in FAST if not (black_box and word.startswith("reward."))]
+    assert main(["train", f"env.model={tiny_path}", f"root={tmp_path}", "name=run", *fast, *words]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--json", "-n", "4"]) == 0
+    measures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measures["n"] == 4
+    assert ("accuracy" in measures) != black_box
+    assert (measures["kl_nats"] is None) == ("env.eta=0" in words)
+    assert main(["sample", str(tmp_path / "run"), "--prompt", "cat", "-n", "2"]) == 0
+    assert main(["eval", str(tmp_path / "run"), "-n", "4"]) == 0
+    if black_box:
+        line = fails(capsys, "sample", tmp_path / "run", "--prompt", "cat", "--label", "1")
+        assert "no labels" in line
+
+
 class TestTrain:
     def test_it_writes_everything_a_run_is(self, run):
         names = {path.name for path in run.iterdir()}
@@ -55,7 +85,7 @@ class TestTrain:
         grids = sorted((run / "pictures").iterdir())
         assert [path.name for path in grids] == ["grid-0000.png", "grid-0001.png", "grid-0002.png"]
         with Image.open(grids[-1]) as picture:
-            assert picture.width > picture.height > 3 * 128  # no label and two labels
+            assert picture.width > picture.height > 3 * 128  # the pretrained model's and two labels
 
     def test_every_update_logs_what_the_readme_promises(self, run):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
