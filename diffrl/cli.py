@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("words", nargs="*", metavar="key=value", help="settings, such as dataset=FOLDER")
     fit.add_argument("--out", type=Path, help="also write the classifier to this file")
 
+    doctor = add("doctor", _doctor, "check that env, algorithm, reward and precision are numerically sound")
+    doctor.add_argument("words", nargs="*", metavar="key=value", help="settings, as for 'train'")
+
     evaluate = add("eval", _eval, "measure a run: accuracy by the true measure, KL, cost")
     evaluate.add_argument("folder", type=Path, metavar="RUN", help="a folder of 'diffrl train'")
     evaluate.add_argument("-n", type=int, default=512, help="pictures (default 512)")
@@ -111,6 +114,28 @@ def _fit(options: argparse.Namespace) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         reward.save(options.out)
         console.print(f"wrote {options.out}; use it with reward.classifier={options.out}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from diffrl import config
+    from diffrl.doctor import examine
+    from diffrl.log import console
+
+    findings = examine(config.load(options.words))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("", "check", "found"):
+        table.add_column(heading)
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.sound else "[bold red]bad[/]"
+        table.add_row(mark, finding.check, finding.value)
+    console.print(table)
+    for finding in findings:
+        if not finding.sound:
+            console.print(f"[bold red]{finding.check}[/]: {finding.advice}")
+    if not all(finding.sound for finding in findings):
+        sys.exit(1)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ def evaluate(
     """Return the measures of a policy over `num_pictures`.
 
     Of any reward: its mean and standard deviation, KL in nats (null where eta is 0), prompt fidelity where
-    there is a judge, cost. Of a control, with labels in equal blocks, also what `_control` and `_optimality`
+    there is a judge, cost. Of a control, with labels in equal blocks, what `_control` and `_optimality`
     return. Noise and prompts come from `seed` alone: an evaluation neither reads nor moves a generator of
     training.
     """
