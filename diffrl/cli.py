@@ -115,6 +115,8 @@ def _fit(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     from diffrl import run
+    from diffrl.evaluate_mixture import table
+    from diffrl.log import console
 
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
@@ -124,8 +126,10 @@ def _eval(options: argparse.Namespace) -> None:
     measures = run.measure(setup, policy, reward, options.n, options.seed)
     if options.json:
         print(json.dumps(measures))
-    else:
+    elif hasattr(reward, "edges"):
         _show(measures, reward.edges.tolist())
+    else:
+        console.print(table(measures))
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -140,6 +144,8 @@ def _sample(options: argparse.Namespace) -> None:
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
     setup, policy, reward = run.restore(options.folder, {})
+    if not hasattr(reward, "measure"):
+        raise DiffRLError(f"{options.folder}: its model draws points, not pictures; use 'diffrl eval'.")
     policy.control_scale = options.control_scale
     env = setup.make_env(reward, options.n)
     label = torch.full((options.n, 1), options.label)

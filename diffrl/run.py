@@ -19,8 +19,10 @@ from diffrl.config import Config
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import control_grid, evaluate, load_judge
+from diffrl.evaluate_mixture import MixtureEvaluation
 from diffrl.log import RunLog, console, progress
 from diffrl.policy import Policy
+from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.types import Trajectory
 
@@ -62,6 +64,7 @@ class Run:
         self.env = setup.make_env(reward, self.config.algo.micro_batch_size)
         self.env.reset(seed=self.config.seed)
         self.generator = setup.generator(2)
+        self.mixture = MixtureEvaluation(setup, policy, reward) if isinstance(reward, ClosedForm) else None
 
     def loop(self) -> None:
         """Train, evaluating every `eval_every` updates and at the end."""
@@ -98,6 +101,9 @@ class Run:
             yield trajectory
 
     def _evaluate(self, update: int, num_pictures: int) -> None:
+        if self.mixture is not None:
+            self.mixture.report(update, self.log)
+            return
         measures = measure(self.setup, self.policy, self.reward, num_pictures)
         self.log.write(update, {f"eval/{name}": value for name, value in measures.items()})
         picture = picture_grid(self.setup, self.policy, self.reward)
@@ -108,10 +114,10 @@ class Run:
         )
 
 
-def measure(
-    setup: Setup, policy: Policy, reward: LogLikelihood, num_pictures: int, seed: int = 42
-) -> dict[str, Any]:
+def measure(setup: Setup, policy: Policy, reward: Any, num_pictures: int, seed: int = 42) -> dict[str, Any]:
     """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
+    if isinstance(reward, ClosedForm):
+        return MixtureEvaluation(setup, policy, reward).measure()
     env = setup.make_env(reward, min(_EVAL_ENVS, num_pictures))
     gamma = getattr(setup.config.algo, "gamma", 1.0)
     judge = load_judge(setup.config.env.model)
@@ -126,7 +132,7 @@ def picture_grid(setup: Setup, policy: Policy, reward: LogLikelihood) -> Any:
     return control_grid(env, policy, setup.prompts[:_GRID_ENVS])
 
 
-def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, LogLikelihood]:
+def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Any]:
     """Return a finished run's model, its trained policy and its reward.
 
     Args:
@@ -139,7 +145,9 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, LogLi
     for name, value in overrides.items():
         setattr(config, name, value)
     setup = Setup(config)
-    reward = LogLikelihood.load(path / CLASSIFIER_FILE).to(setup.device)
+    reward = config.reward
+    if not isinstance(reward, ClosedForm):
+        reward = LogLikelihood.load(path / CLASSIFIER_FILE).to(setup.device)
     policy = setup.make_policy(reward.num_classes)
     checkpoint.load(policy, path)
     return setup, policy, reward
