@@ -1,11 +1,11 @@
-"""The exact answers of a one-dimensional model: soft values, target law, and any policy's law, KL and objective.
+"""The exact answers of a one-dimensional model: soft values, target law, any policy's law, KL and objective.
 
-Each of the chain's T steps is a Gaussian kernel, so on a grid it is a matrix and every expectation a product
-of matrices: no sampling noise anywhere. The kernels are the network's own, so discretisation of time and
-errors of its fit are part of the model, not of the answer.
+Each of the chain's T steps is a Gaussian kernel, so on a grid it is a matrix, and every expectation a
+product of matrices: no sampling noise anywhere. The kernels are the network's own, so the discretisation
+of time and the errors of its fit are part of the model, not of the answer.
 
 Shapes: n grid points, T steps, K labels. All tensors here are float64; laws are masses that sum to 1.
-Source: methods of linearly solvable control; CTRL, arXiv:2406.12120, section 4 for the objective.
+Source: CTRL, arXiv:2406.12120, section 4 for the objective; its maximiser is Doob's h-transform.
 """
 
 from collections.abc import Callable

@@ -4,8 +4,9 @@ Shapes: n grid points.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -87,8 +88,7 @@ class _Axes:
             self.pen.text((left - 7 * _FINE, self.y(value)), f"{value:g}", _INK, small, anchor="rm")
         for value in _ticks(*self.x_range):
             self.pen.line([(self.x(value), bottom), (self.x(value), bottom + 4 * _FINE)], _INK, _FINE)
-            word = f"{value:g}".replace("-", "\N{MINUS SIGN}")
-            self.pen.text((self.x(value), bottom + 6 * _FINE), word, _INK, small, anchor="ma")
+            self.pen.text((self.x(value), bottom + 6 * _FINE), f"{value:g}", _INK, small, anchor="ma")
         self.pen.line([(left, bottom), (right, bottom)], _INK, _FINE)
         self.pen.text(((left + right) / 2, bottom + 22 * _FINE), "x", _INK, small, anchor="ma")
         self.pen.text((left, top - 12 * _FINE), title, _INK, font, anchor="ls")
@@ -115,7 +115,7 @@ def _stroke(pen: ImageDraw.ImageDraw, line: list[tuple[float, float]], curve: Cu
         pen.line(line, curve.color, width, joint="curve")
         return
     dash, travelled, piece = 7 * _FINE, 0.0, [line[0]]
-    for a, b in zip(line, line[1:], strict=False):
+    for a, b in pairwise(line):
         before, travelled = travelled, travelled + math.dist(a, b)
         piece.append(b)
         if before // dash != travelled // dash:
@@ -124,7 +124,7 @@ def _stroke(pen: ImageDraw.ImageDraw, line: list[tuple[float, float]], curve: Cu
             piece = [b]
 
 
-def _legend(canvas: Image.Image, curves: Sequence[Curve]) -> None:
+def _legend(canvas: Image.Image, curves: Collection[Curve]) -> None:
     pen, font = ImageDraw.Draw(canvas, "RGBA"), _font(13)
     left, middle = float(_LEFT * _FINE), (_LEGEND - 12) * _FINE
     for curve in curves:

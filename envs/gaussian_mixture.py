@@ -52,7 +52,7 @@ class GaussianMixture:
 
     @property
     def num_dims(self) -> int:
-        """d."""
+        """Return d."""
         return len(as_rows("env.means", self.means)[0])
 
     @property

@@ -21,7 +21,7 @@ class ClosedForm:
 
     @property
     def num_dims(self) -> int:
-        """d."""
+        """Return d."""
         raise NotImplementedError
 
     def log_prob(self, points: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Softmax(ClosedForm):
 
     @property
     def num_dims(self) -> int:
-        """d."""
+        """Return d."""
         return len(self._slopes[0])
 
     def log_prob(self, points: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Gaussian(ClosedForm):
 
     @property
     def num_dims(self) -> int:
-        """d."""
+        """Return d."""
         return len(self._observations[0])
 
     def log_prob(self, points: Tensor) -> Tensor:
