@@ -59,6 +59,7 @@ class Setup:
             guidance_scale=self.config.env.guidance_scale,
             num_classes=num_classes,
             lora=self.config.policy,
+            checkpointing=self.config.env.checkpointing,
             seed=self.config.seed,
         )
 

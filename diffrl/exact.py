@@ -1,4 +1,4 @@
-"""The exact answers of a one-dimensional model: soft values, target law, any policy's law, KL and objective.
+"""The exact answers of a one-dimensional model: soft values, target, any policy's law, KL and objective.
 
 Each of the chain's T steps is a Gaussian kernel, so on a grid it is a matrix, and every expectation a
 product of matrices: no sampling noise anywhere. The kernels are the network's own, so the discretisation

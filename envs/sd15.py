@@ -1,6 +1,7 @@
 """Stable Diffusion v1.5, and any checkpoint of its layout, as an env."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from diffrl.backbones.stable_diffusion import StableDiffusion
 from diffrl.errors import DiffRLError
@@ -14,6 +15,8 @@ class SD15:
     num_steps: int = 50  # T; CTRL, Table 2
     eta: float = 1.0  # DDIM's: 0 deterministic, 1 as much noise as DDPM
     guidance_scale: float = 7.5  # CTRL, Table 2; 1 switches guidance off
+
+    checkpointing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.guidance_scale < 1:
