@@ -19,7 +19,7 @@ class GaussianMixture:
     eta: float = 1.0  # DDIM's: 0 deterministic, 1 as much noise as DDPM
     model_seed: int = 0  # of the denoiser's fit; `seed` is the run's
 
-    checkpointing: ClassVar[bool] = False  # the network is so small that recomputing costs more than keeping
+    checkpointing: ClassVar[bool] = False  # so small a network is dearer to run again than to keep
     guidance_scale: ClassVar[float] = 1.0  # there is no prompt to guide by
     own_reward: ClassVar[str] = "softmax"  # chosen with this env unless another is asked for
 

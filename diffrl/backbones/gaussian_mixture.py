@@ -185,7 +185,7 @@ class GaussianMixtureModel(nn.Module):
         return latents
 
 
-def fit(unet: Denoiser, mixture: Mixture, seed: int) -> None:
+def fit(unet: Denoiser, mixture: Mixture, seed: int, num_steps: int = _FIT_STEPS) -> None:
     """Train `unet` to predict the mixture's optimal noise at every timestep.
 
     The closed-form prediction is the target instead of the noise drawn: the minimiser is the same, and the
@@ -194,8 +194,8 @@ def fit(unet: Denoiser, mixture: Mixture, seed: int) -> None:
     alpha_bar = make_scheduler().alphas_cumprod.double()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(unet.parameters(), lr=_FIT_RATE)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _FIT_STEPS)
-    for _ in range(_FIT_STEPS):
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
         timestep = torch.randint(len(alpha_bar), (_FIT_BATCH,), generator=generator)
         a = alpha_bar[timestep]
         x_0 = mixture.draw(_FIT_BATCH, generator)
