@@ -48,6 +48,11 @@ class Algorithm(ABC):
                 raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be positive.")
         check_choice("algo.decay", self.decay, ("linear", "constant"))
 
+    @property
+    def target_gamma(self) -> float | None:
+        """Gamma of the law p_ref p(y|x, c)^gamma / Z that this objective leads to; None: to no such law."""
+        return None
+
     @abstractmethod
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
         """Return one micro-batch of episodes."""

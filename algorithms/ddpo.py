@@ -82,6 +82,11 @@ class DDPO(Algorithm):
             )
         self.statistics = GroupStatistics(self.buffer_size, self.min_count)
 
+    @property
+    def target_gamma(self) -> float | None:
+        """One over the weight of the KL."""
+        return 1 / self.kl if self.kl else None
+
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
         """Return one micro-batch of episodes, without a graph."""
         return rollout(env, policy, generator, reference=policy.reference if self.kl else None)

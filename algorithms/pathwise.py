@@ -42,6 +42,11 @@ class Pathwise(Algorithm):
     def kl_weight(self) -> float:
         """w, in units of the reward; 0: no KL is computed."""
 
+    @property
+    def target_gamma(self) -> float | None:
+        """One over the weight of the KL."""
+        return 1 / self.kl_weight if self.kl_weight else None
+
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
         """Return one micro-batch, with the graph of the steps that truncation keeps."""
         schedule = env.schedule

@@ -55,6 +55,11 @@ class RWR(Algorithm):
         if not 0 <= self.percentile < 100:
             raise DiffRLError(f"algo.percentile={self.percentile}: must be 0 or more and below 100.")
 
+    @property
+    def target_gamma(self) -> float | None:
+        """The exponent, if each round starts from the pretrained model; else it grows with the rounds."""
+        return self.gamma if self.source == "pretrained" and self.weights == "exponential" else None
+
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
         """Return one micro-batch of episodes of the policy, or of the pretrained model."""
         actor = Pretrained(policy) if self.source == "pretrained" else policy

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffrl.benchmarks import emoji_data
 from diffrl.envs.emoji import ASSET
 from diffrl.rewards.prompt_fidelity import PromptFidelity
+from diffrl.schedule import make_scheduler
 
 MAX_TOKENS = 16  # chosen: the longest name has three words
 
@@ -178,18 +179,6 @@ class Denoiser(nn.Module):
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=noisy.is_cuda):
             predicted = self.unet(noisy, timestep, embeds).sample
         return F.mse_loss(predicted.float(), noise)
-
-
-def make_scheduler() -> DDIMScheduler:
-    """Return Stable Diffusion v1.5's scheduler (its `scheduler_config.json`), as DDIM."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
 
 
 def train(recipe: Recipe, atlas: Path, work: Path, out: Path, device: str) -> None:

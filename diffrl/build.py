@@ -5,7 +5,6 @@ Shapes: M pictures `[M, 3, S, S]`.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from diffrl import __version__
 from diffrl import config as settings
-from diffrl.backbones.stable_diffusion import StableDiffusion, fingerprint
+from diffrl.backbones.stable_diffusion import fingerprint
+from diffrl.cache import cache_folder
 from diffrl.config import Config
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.envs.prompts import load_prompts
@@ -27,7 +27,7 @@ from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rollout import rollout
 from diffrl.schedule import DDIMSchedule
-from diffrl.types import Reward
+from diffrl.types import Backbone, Reward
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _DRAW_BATCH = 64
@@ -45,8 +45,7 @@ class Setup:
         self.config = config
         self.device = _device(config.device)
         self.prompts = load_prompts(config.prompts)
-        self.backbone = StableDiffusion.load(config.env.model).to(self.device)
-        self.backbone.checkpointing = config.env.checkpointing
+        self.backbone: Backbone = config.env.load().to(self.device)
         self.schedule = DDIMSchedule(self.backbone.scheduler, config.env.num_steps, config.env.eta).to(
             self.device
         )
@@ -60,8 +59,8 @@ class Setup:
             guidance_scale=self.config.env.guidance_scale,
             num_classes=num_classes,
             lora=self.config.policy,
-            seed=self.config.seed,
             checkpointing=self.config.env.checkpointing,
+            seed=self.config.seed,
         )
 
     def make_env(self, reward: Reward, num_envs: int) -> DenoisingVectorEnv:
@@ -148,13 +147,6 @@ class Setup:
         return digest.hexdigest()[:32]
 
 
-def cache_folder() -> Path:
-    """Return where fitted classifiers are kept: $DIFFRL_CACHE, or `diffrl` in the user's cache."""
-    if home := os.environ.get("DIFFRL_CACHE"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffrl"
-
-
 def _is_learned(reward: object) -> bool:
     return getattr(reward, "learned", False)
 
@@ -170,8 +162,24 @@ def _check(config: Config) -> None:
         raise DiffRLError(
             f"algo={name} env.eta=0: without noise a step has no density and no KL. Use env.eta=1."
         )
+    _check_space(config)
     if config.dataset is not None:
         _picture_files(Path(config.dataset))
+
+
+def _check_space(config: Config) -> None:
+    """A reward scores pictures, or points of as many dimensions as the env's."""
+    ours, theirs = (getattr(part, "num_dims", None) for part in (config.env, config.reward))
+    if ours == theirs:
+        return
+    env, reward = settings.chosen(config, "env"), settings.chosen(config, "reward")
+    made, scored = ("pictures" if d is None else f"points of {d} dimension(s)" for d in (ours, theirs))
+    fix = "Use reward=compressibility."
+    if ours is not None:
+        fix = (
+            "Use reward=softmax." if theirs is None else "Give its slopes or observations as many numbers."
+        )
+    raise DiffRLError(f"env={env} reward={reward}: the env makes {made}, the reward scores {scored}. {fix}")
 
 
 def _picture_files(folder: Path) -> list[Path]:

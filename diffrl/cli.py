@@ -140,6 +140,9 @@ def _doctor(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     from diffrl import run
+    from diffrl.evaluate_mixture import table
+    from diffrl.log import console
+    from diffrl.rewards.closed_form import ClosedForm
     from diffrl.rewards.log_likelihood import LogLikelihood
 
     if options.n < 1:
@@ -150,6 +153,8 @@ def _eval(options: argparse.Namespace) -> None:
     measures = run.measure(setup, policy, reward, options.n, options.seed)
     if options.json:
         print(json.dumps(measures))
+    elif isinstance(reward, ClosedForm):
+        console.print(table(measures))
     else:
         _show(measures, reward.edges.tolist() if isinstance(reward, LogLikelihood) else None)
 
@@ -168,6 +173,8 @@ def _sample(options: argparse.Namespace) -> None:
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
     setup, policy, reward = run.restore(options.folder, {})
+    if not hasattr(reward, "measure"):
+        raise DiffRLError(f"{options.folder}: its model draws points, not pictures; use 'diffrl eval'.")
     policy.control_scale = options.control_scale
     env = setup.make_env(reward, options.n)
     if options.label >= 0 and not reward.num_classes:

@@ -24,19 +24,23 @@ from diffrl.algorithms.ddpo import DDPO
 from diffrl.algorithms.reward_backprop import RewardBackprop
 from diffrl.algorithms.rwr import RWR
 from diffrl.envs.emoji import Emoji
+from diffrl.envs.gaussian_mixture import GaussianMixture
 from diffrl.envs.sd15 import SD15
 from diffrl.errors import DiffRLError, unknown, unknown_setting
 from diffrl.policy import LoRA
+from diffrl.rewards.closed_form import Gaussian, Softmax
 from diffrl.rewards.compressibility import Compressibility
 from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
 
 GROUPS: dict[str, dict[str, type]] = {
     "algo": {"ctrl": CTRL, "ddpo": DDPO, "rwr": RWR, "reward_backprop": RewardBackprop},
-    "env": {"emoji": Emoji, "sd15": SD15},
+    "env": {"emoji": Emoji, "gaussian_mixture": GaussianMixture, "sd15": SD15},
     "reward": {
         "compressibility": Compressibility,
+        "gaussian": Gaussian,
         "jpeg": Jpeg,
         "jpeg_incompressible": JpegIncompressible,
+        "softmax": Softmax,
     },
 }
 """What can be chosen on the command line, by group and name."""
@@ -70,6 +74,9 @@ class _Schema(Config):
             {"algo": "ctrl"},
             {"env": "emoji"},
             {"reward": "compressibility"},
+            # presets that apply by themselves: what an env needs, what suits an algorithm on it
+            {"optional tuned_env": "${env}"},
+            {"optional tuned_pair": "${algo}_${env}"},
         ]
     )
     algo: Any = None
@@ -92,6 +99,7 @@ def load(overrides: list[str]) -> Config:
         DiffRLError: a word that does not parse, an unknown group, name or key, a value of the wrong type.
     """
     _check_groups(overrides)
+    overrides = [*_own_reward(overrides), *overrides]
     try:
         return to_objects(_compose(overrides))
     except (HydraException, OmegaConfBaseException) as error:
@@ -155,6 +163,16 @@ def _check_groups(overrides: list[str]) -> None:
             raise DiffRLError(f"{word}: not of the form key=value.")
         if group in known and name not in known[group]:
             raise unknown(group, name, known[group])
+
+
+def _own_reward(overrides: list[str]) -> list[str]:
+    """Return the word that chooses an env's own reward, where it has one and nothing else is asked for.
+
+    Hydra forbids this in `tuned_env/`: a preset chosen by another choice cannot choose in turn.
+    """
+    chosen = dict(word.lstrip("+").split("=", 1) for word in overrides)
+    reward = getattr(GROUPS["env"].get(chosen.get("env", "")), "own_reward", None)
+    return [f"reward={reward}"] if reward and not {"reward", "experiment"} & chosen.keys() else []
 
 
 def _explain(error: Exception, overrides: list[str]) -> DiffRLError:

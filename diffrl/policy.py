@@ -69,8 +69,9 @@ class Policy(nn.Module):
         guidance_scale: w in eps_u + w (eps_c - eps_u); at 1 the unconditional half is not run.
         num_classes: of each attribute of the label.
         lora: size and place of the adapters.
+        checkpointing: recompute each step's network call in the backward pass instead of keeping its
+            activations, so that memory does not grow with T. A small network is faster without.
         seed: of the adapters' random halves.
-        checkpointing: compute a step's activations again in the backward pass instead of keeping them.
     """
 
     null_embeds: Tensor
@@ -85,14 +86,14 @@ class Policy(nn.Module):
         guidance_scale: float,
         num_classes: Sequence[int] = (),
         lora: LoRA | None = None,
-        seed: int = 0,
         checkpointing: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         lora = lora or LoRA()
-        self.checkpointing = checkpointing
         self.schedule = schedule
         self.guidance_scale = guidance_scale
+        self.checkpointing = checkpointing
         self.control_scale = 1.0
         self.num_calls = 0  # network evaluations so far: one a sample and guidance half, recomputing aside
         self.register_buffer("null_embeds", null_embeds, persistent=False)

@@ -18,8 +18,10 @@ from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import evaluate, load_judge, picture_grid
+from diffrl.evaluate_mixture import MixtureEvaluation
 from diffrl.log import RunLog, console, progress
 from diffrl.policy import Policy
+from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.types import Reward, Trajectory
 
@@ -63,6 +65,7 @@ class Run:
         self.env = setup.make_env(reward, self.config.algo.micro_batch_size)
         self.env.reset(seed=self.config.seed)
         self.generator = setup.generator(2)
+        self.mixture = MixtureEvaluation(setup, policy, reward) if isinstance(reward, ClosedForm) else None
 
     def loop(self) -> None:
         """Train, evaluating every `eval_every` updates and at the end."""
@@ -101,6 +104,9 @@ class Run:
             yield trajectory
 
     def _evaluate(self, update: int, num_pictures: int) -> None:
+        if self.mixture is not None:
+            self.mixture.report(update, self.log)
+            return
         measures = measure(self.setup, self.policy, self.reward, num_pictures)
         self.log.write(update, {f"eval/{name}": value for name, value in measures.items()})
         env = self.setup.make_env(self.reward, _GRID_ENVS)
@@ -116,8 +122,10 @@ def measure(
     setup: Setup, policy: Policy, reward: Reward, num_pictures: int, seed: int = 42
 ) -> dict[str, Any]:
     """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
+    if isinstance(reward, ClosedForm):
+        return MixtureEvaluation(setup, policy, reward).measure()
     env = setup.make_env(reward, min(_EVAL_ENVS, num_pictures))
-    gamma = getattr(setup.config.algo, "gamma", 1.0)
+    gamma = setup.config.algo.target_gamma or 1.0
     judge = load_judge(setup.config.env.model)
     if judge is not None:
         judge.to(setup.device)

@@ -95,3 +95,15 @@ class DDIMSchedule(nn.Module):
         mean = x_gain * x_t + eps_gain * eps
         normal = Normal(mean, sigma.expand_as(mean), validate_args=False)
         return Independent(normal, x_t.dim() - 1, validate_args=False)
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Return Stable Diffusion v1.5's scheduler (its `scheduler_config.json`), as DDIM."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )

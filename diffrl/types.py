@@ -5,7 +5,7 @@ Shapes: N envs, T steps, C,H,W latent, A attributes a label has, L tokens, E wid
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -54,6 +54,36 @@ class Actor(Protocol):
 
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
         """Return the action at `obs`, every draw from `generator`."""
+        ...
+
+
+class Backbone(Protocol):
+    """A pretrained denoiser and what lies around it: what an env and a policy are made on."""
+
+    unet: Any  # eps(x_t, timestep, prompt_embeds, class_labels), with diffusers' time embedding
+    scheduler: Any  # a diffusers DDIMScheduler
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents."""
+        ...
+
+    @property
+    def prompt_shape(self) -> tuple[int, int]:
+        """(L, E) of `encode_prompts`."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """S, the side of a decoded picture."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Return `[len(prompts), L, E]`."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return what rewards score: pictures `[N, 3, S, S]` in [0, 1], or points as they are."""
         ...
 
 

@@ -19,10 +19,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from diffrl.backbones.stable_diffusion import StableDiffusion
 from diffrl.errors import DiffRLError
 from diffrl.schedule import DDIMSchedule
-from diffrl.types import NO_LABEL, Context, Observation, Reward, to_pixels
+from diffrl.types import NO_LABEL, Backbone, Context, Observation, Reward, to_pixels
 
 
 class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
@@ -47,7 +46,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
 
     def __init__(
         self,
-        backbone: StableDiffusion,
+        backbone: Backbone,
         schedule: DDIMSchedule,
         reward: Reward,
         prompts: Sequence[str],
@@ -152,6 +151,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         """Return each env's current latents decoded, uint8 `[S, S, 3]`."""
         if self._clock is None:
             raise DiffRLError("render: nothing to show before the first reset().")
+        if self.render_mode is None:
+            raise DiffRLError("render: this env was made with render_mode=None, it shows nothing.")
         with torch.no_grad():
             images = self.backbone.decode(self._latents)
         return tuple(to_pixels(images))

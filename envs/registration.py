@@ -4,7 +4,11 @@ from typing import Any
 
 from gymnasium.envs.registration import register, registry
 
-_IDS = {"diffrl/Emoji-v0": "emoji", "diffrl/SD15-v0": "sd15"}
+_IDS = {
+    "diffrl/Emoji-v0": "emoji",
+    "diffrl/GaussianMixture-v0": "gaussian_mixture",
+    "diffrl/SD15-v0": "sd15",
+}
 
 
 def register_envs() -> None:
@@ -19,31 +23,31 @@ def register_envs() -> None:
 
 
 def make(name: str, num_envs: int = 1, **settings: Any) -> Any:
-    """Return the vector env `name`, with the true JPEG measure as its reward unless one is given.
+    """Return the vector env `name`.
+
+    Its reward, unless one is given, is the true JPEG measure, or for the mixture its softmax classifier.
 
     Args:
-        name: emoji or sd15.
+        name: emoji, sd15 or gaussian_mixture.
         num_envs: N.
         settings: `reward`, `prompts` (list), `group_size`, `device`, and the fields of the env's settings.
     """
-    from diffrl.backbones.stable_diffusion import StableDiffusion
     from diffrl.envs.denoising import DenoisingVectorEnv
     from diffrl.envs.emoji import Emoji
+    from diffrl.envs.gaussian_mixture import GaussianMixture
     from diffrl.envs.prompts import LISTS
     from diffrl.envs.sd15 import SD15
+    from diffrl.rewards.closed_form import Softmax
     from diffrl.rewards.jpeg import Jpeg
     from diffrl.schedule import DDIMSchedule
 
     own = ("reward", "prompts", "group_size", "device", "render_mode")
     chosen = {key: settings.pop(key) for key in own if key in settings}
-    env = {"emoji": Emoji, "sd15": SD15}[name](**settings)
-    backbone = StableDiffusion.load(env.model).to(chosen.pop("device", "cpu"))
+    env = {"emoji": Emoji, "sd15": SD15, "gaussian_mixture": GaussianMixture}[name](**settings)
+    defaults: dict[str, Any] = {"reward": Jpeg()}
+    if isinstance(env, GaussianMixture):
+        defaults = {"reward": Softmax(), "render_mode": None}
+    backbone = env.load().to(chosen.pop("device", "cpu"))
     schedule = DDIMSchedule(backbone.scheduler, env.num_steps, env.eta).to(backbone.unet.device)
-    return DenoisingVectorEnv(
-        backbone,
-        schedule,
-        chosen.pop("reward", Jpeg()),
-        chosen.pop("prompts", LISTS["simple_animals"]),
-        num_envs=num_envs,
-        **chosen,
-    )
+    chosen = {"prompts": LISTS["simple_animals"]} | defaults | chosen
+    return DenoisingVectorEnv(backbone, schedule, num_envs=num_envs, **chosen)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from diffrl.backbones.stable_diffusion import StableDiffusion
 from diffrl.errors import DiffRLError
 
 
@@ -23,3 +24,9 @@ class SD15:
             raise DiffRLError(f"env.eta={self.eta}: must be between 0 and 1.")
         if self.num_steps < 1:
             raise DiffRLError(f"env.num_steps={self.num_steps}: must be 1 or more.")
+
+    def load(self) -> StableDiffusion:
+        """Return the checkpoint."""
+        backbone = StableDiffusion.load(self.model)
+        backbone.checkpointing = self.checkpointing
+        return backbone

@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffrl.backbones.stable_diffusion import StableDiffusion
-from diffrl.benchmarks.pretrain_emoji import make_scheduler, make_tokenizer
+from diffrl.benchmarks.pretrain_emoji import make_tokenizer
 from diffrl.envs.emoji import ASSET
+from diffrl.schedule import make_scheduler
 
 torch.set_num_threads(2)
 

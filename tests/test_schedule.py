@@ -3,9 +3,8 @@ import torch
 from conftest import assert_close
 from diffusers import DDIMScheduler
 
-from diffrl.benchmarks.pretrain_emoji import make_scheduler
 from diffrl.errors import DiffRLError
-from diffrl.schedule import DDIMSchedule
+from diffrl.schedule import DDIMSchedule, make_scheduler
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

@@ -1,0 +1,136 @@
+"""How far is a policy from the best there is? Answered on the solvable model, where the best is known.
+
+In one dimension everything is exact (`diffrl.exact`), in two it is sampled and has no bound beside it.
+
+Shapes: K labels, n grid points.
+"""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+
+from diffrl.build import Setup
+from diffrl.exact import ExactSolver, Measured
+from diffrl.log import RunLog, console
+from diffrl.plot import Curve, panels
+from diffrl.policy import Policy
+from diffrl.rewards.closed_form import ClosedForm
+from diffrl.rollout import rollout
+
+_GREY, _BLUE, _RED = (140, 140, 140), (31, 119, 180), (200, 40, 40)
+_SAMPLES = 2048  # a label, where nothing is exact: standard error of a mean .02 standard deviations
+_COLUMNS = {
+    "log p": "log_prob",
+    "KL": "kl_nats",
+    "J": "objective",
+    "E[V_T]": "best",
+    "gap (nats)": "gap_nats",
+    "Gaussian gap": "gap_gaussian_nats",  # to the best policy whose steps have our shape
+    "TV": "tv",
+}
+
+
+class MixtureEvaluation:
+    """The solved model of a run, and the run's policy held against it."""
+
+    def __init__(self, setup: Setup, policy: Policy, reward: ClosedForm) -> None:
+        self.setup, self.policy, self.reward = setup, policy, reward
+        self.gamma = setup.config.algo.target_gamma or 1.0
+        self.solver: ExactSolver | None = None
+        if reward.num_dims == 1:
+            self.solver = ExactSolver(
+                setup.schedule,
+                policy.reference,
+                reward.log_prob,
+                self.gamma,
+                prompt_embeds=policy.null_embeds,
+                bound=setup.config.env.reach,
+            )
+
+    def report(self, update: int, log: RunLog) -> None:
+        """Write the measures to the log, print them, and draw prior, target and learned law."""
+        if self.solver is None:
+            measures = self._sampled()
+        else:
+            measured = self.solver.measure(self.policy)
+            measures = self._exact(self.solver, measured)
+            path = log.picture(update, "laws", draw_laws(self.solver, measured))
+            console.print(f"update {update}: {path}")
+        log.write(update, measures)
+        console.print(table(measures))
+
+    def measure(self) -> dict[str, Any]:
+        """Return the measures under the names of `metrics.jsonl`."""
+        if self.solver is None:
+            return self._sampled()
+        return self._exact(self.solver, self.solver.measure(self.policy))
+
+    def _exact(self, solver: ExactSolver, measured: Measured) -> dict[str, Any]:
+        lists = {
+            "log_prob": measured.log_prob,
+            "kl_nats": measured.kl,
+            "objective": measured.objective,
+            "best": solver.best,
+            "best_gaussian": solver.best_gaussian,
+            "log_z": solver.log_z,
+            "gap_nats": measured.gap,
+            "gap_gaussian_nats": solver.best_gaussian - measured.objective,
+            "tv": measured.tv,
+        }
+        return {  # of the worst label
+            "exact/gap_nats": float(measured.gap.max()),
+            "exact/gap_gaussian_nats": float((solver.best_gaussian - measured.objective).max()),
+            "exact/tv": float(measured.tv.max()),
+            "exact/off_grid": measured.off_grid,
+        } | {f"exact/{name}_per_label": values.tolist() for name, values in lists.items()}
+
+    def _sampled(self) -> dict[str, Any]:
+        """Return what rollouts tell of each label, from noise of their own."""
+        env = self.setup.make_env(self.reward, _SAMPLES)
+        log_prob, kl = [], []
+        for label in range(self.reward.num_classes[0]):
+            generator = torch.Generator(self.setup.device).manual_seed(42)
+            options = {"label": torch.full((_SAMPLES, 1), label)}
+            trajectory = rollout(
+                env, self.policy, generator, reference=self.policy.reference, seed=42, options=options
+            )
+            assert trajectory.kl is not None
+            log_prob.append(float(trajectory.reward.mean()))
+            kl.append(float(trajectory.kl.sum(0).mean()))
+        objective = [self.gamma * reward - cost for reward, cost in zip(log_prob, kl, strict=True)]
+        lists = {"log_prob": log_prob, "kl_nats": kl, "objective": objective}
+        return {f"eval/{name}_per_label": values for name, values in lists.items()}
+
+
+def table(measures: dict[str, Any]) -> Table:
+    """Return the per-label measures as a table for the terminal."""
+    short = {
+        key.split("/")[-1].removesuffix("_per_label"): v for key, v in measures.items() if "_per_" in key
+    }
+    columns = {heading: short[name] for heading, name in _COLUMNS.items() if name in short}
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("label", *columns):
+        shown.add_column(heading, justify="right")
+    for label, row in enumerate(zip(*columns.values(), strict=True)):
+        shown.add_row(str(label), *(f"{value:.4f}" for value in row))
+    return shown
+
+
+def draw_laws(solver: ExactSolver, measured: Measured) -> Image.Image:
+    """Return the laws of x_0 as densities, one panel a label: prior, target, learned."""
+    spacing = float(solver.points[1] - solver.points[0])
+    curves = [
+        [
+            Curve("prior", solver.prior / spacing, _GREY, fill=True),
+            Curve("target", target / spacing, _BLUE, fill=True),
+            Curve("learned", law / spacing, _RED, dashed=True),
+        ]
+        for target, law in zip(solver.target, measured.law, strict=True)
+    ]
+    titles = [
+        f"label {label}: gap {gap:.4f} nats, total variation {tv:.4f}"
+        for label, (gap, tv) in enumerate(zip(measured.gap.tolist(), measured.tv.tolist(), strict=True))
+    ]
+    return panels(solver.points, curves, titles)
