@@ -26,11 +26,20 @@ _RETURN_FREED_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
 }
 
+FULL = [
+    "algo.truncation.kind=fixed",
+    "algo.truncation.low=0",
+    "algo.truncation.path=network",
+    "algo.kl_steps=null",
+    "env.checkpointing=true",
+]
+"""The gradient through every step; any of it can be given otherwise."""
+
 
 def peak_megabytes(words: list[str]) -> float:
     """Return the peak of one update, MB, of this process; `words` are settings."""
-    full = ["algo.truncation.kind=fixed", "algo.truncation.low=0", "algo.truncation.path=network"]
-    full += ["algo.kl_steps=null", "env.checkpointing=true"]
+    asked = {word.partition("=")[0] for word in words}
+    full = [word for word in FULL if word.partition("=")[0] not in asked]
     setup = Setup(config.load([*full, *words]))
     algo = setup.config.algo
     report = FitReport(0, 0, 0.0, 0.0, 0.0, 0.0, 1.0, ())

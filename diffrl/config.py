@@ -62,7 +62,7 @@ class Config:
     name: str = ""  # of the run's folder; empty: from algo, env, reward and seed
     root: str = "runs"  # where runs are kept
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    eval_every: int = 25  # updates between two evaluations
+    eval_every: int = 50  # updates between two evaluations
     eval_pictures: int = 64  # of an evaluation on the way; the last one draws four times as many
 
 
