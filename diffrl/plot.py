@@ -91,6 +91,7 @@ class _Axes:
             self.pen.text((self.x(value), bottom + 6 * _FINE), f"{value:g}", _INK, small, anchor="ma")
         self.pen.line([(left, bottom), (right, bottom)], _INK, _FINE)
         self.pen.text(((left + right) / 2, bottom + 22 * _FINE), "x", _INK, small, anchor="ma")
+        self.pen.text((left + 6 * _FINE, top), "density", _INK, small, anchor="la")
         self.pen.text((left, top - 12 * _FINE), title, _INK, font, anchor="ls")
 
     def curve(self, points: Tensor, curve: Curve) -> None:
