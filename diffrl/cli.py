@@ -165,6 +165,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     from diffrl import run
     from diffrl.log import console, grid
+    from diffrl.rewards.closed_form import ClosedForm
     from diffrl.rewards.jpeg import jpeg_kilobytes
     from diffrl.rewards.log_likelihood import LogLikelihood
     from diffrl.rollout import rollout
@@ -173,7 +174,7 @@ def _sample(options: argparse.Namespace) -> None:
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
     setup, policy, reward = run.restore(options.folder, {})
-    if not hasattr(reward, "measure"):
+    if isinstance(reward, ClosedForm):
         raise DiffRLError(f"{options.folder}: its model draws points, not pictures; use 'diffrl eval'.")
     policy.control_scale = options.control_scale
     env = setup.make_env(reward, options.n)
