@@ -69,10 +69,10 @@ def main() -> None:
             sys.executable,
             "-m",
             "diffrl.benchmarks.memory",
+            *words,
             "--here",
             "--steps",
-            str(steps),
-            *words,
+            str(steps),  # last: it takes any number of values, words too
         ]
         environment = os.environ | _RETURN_FREED_MEMORY
         out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
