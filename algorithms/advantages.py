@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffrl.types import Context
+
 Group = tuple[str, tuple[int, ...]]
 """A prompt and a label: pictures of one group compete with each other."""
 
-_SMALLEST_STD = 1e-6  # DDPO's code adds it; here less means that all rewards are alike
+SMALLEST_STD = 1e-6  # DDPO's code adds it; here less means that all rewards are alike
+
+
+def groups_of(context: Context) -> list[Group]:
+    """Return the group of each picture, B of them."""
+    labels = (tuple(label) for label in context.label.tolist())
+    return list(zip(context.prompts, labels, strict=True))
 
 
 class GroupStatistics:
@@ -52,5 +60,5 @@ class GroupStatistics:
 
 def standardise(rewards: Tensor, mean: Tensor, std: Tensor, clip: float) -> Tensor:
     """Return (r - mean) / std within +-clip, `[B]`; 0 where the rewards of a group are all alike."""
-    advantages = ((rewards - mean) / std.clamp(min=_SMALLEST_STD)).clamp(-clip, clip)
-    return torch.where(std > _SMALLEST_STD, advantages, torch.zeros_like(advantages))
+    advantages = ((rewards - mean) / std.clamp(min=SMALLEST_STD)).clamp(-clip, clip)
+    return torch.where(std > SMALLEST_STD, advantages, torch.zeros_like(advantages))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.optim import Optimizer
 
-from diffrl.algorithms.advantages import GroupStatistics, standardise
+from diffrl.algorithms.advantages import SMALLEST_STD, GroupStatistics, groups_of, standardise
 from diffrl.algorithms.base import Algorithm, check_choice
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
@@ -122,16 +122,14 @@ class DDPO(Algorithm):
 
     def _advantages(self, batch: Trajectory) -> tuple[Tensor, Tensor]:
         """Return the advantage of every decision, `[T, B]`, and the weight of its KL as a loss, `[B]`."""
-        labels = [tuple(label) for label in batch.context.label.tolist()]
         if self.per_prompt:
-            groups = list(zip(batch.context.prompts, labels, strict=True))
-            mean, std = self.statistics.update(groups, batch.reward)
+            mean, std = self.statistics.update(groups_of(batch.context), batch.reward)
         else:
             mean, std = batch.reward.mean(), batch.reward.std(unbiased=False)
         rewards = standardise(batch.reward, mean, std, self.advantage_clip)
         advantages = rewards.expand(len(batch.timesteps), -1)
         # the KL is measured in the units that the standardised rewards have; 1 where they are all alike
-        weight = self.kl / torch.where(std > 1e-6, std, 1.0).expand(len(rewards))
+        weight = self.kl / torch.where(std > SMALLEST_STD, std, 1.0).expand(len(rewards))
         if not self.kl:
             return advantages, weight
         assert batch.kl is not None

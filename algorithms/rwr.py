@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from diffrl.algorithms.advantages import Group, groups_of
 from diffrl.algorithms.base import Algorithm, check_choice
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
@@ -96,11 +97,9 @@ class RWR(Algorithm):
 
     def weigh(self, batch: Trajectory) -> Tensor:
         """Return the weight of each picture, `[B]`: 1 on average if exponential, 0 or 1 if sparse."""
-        labels = [tuple(label) for label in batch.context.label.tolist()]
-        names = list(zip(batch.context.prompts, labels, strict=True))
-        groups: dict[object, list[int]] = {}
-        for number, name in enumerate(names):
-            groups.setdefault(name if self.per_prompt else None, []).append(number)
+        groups: dict[Group | None, list[int]] = {}
+        for number, group in enumerate(groups_of(batch.context)):
+            groups.setdefault(group if self.per_prompt else None, []).append(number)
         weight = torch.zeros_like(batch.reward)
         for members in groups.values():
             reward = batch.reward[members]

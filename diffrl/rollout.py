@@ -76,7 +76,7 @@ def rollout(
     assert reward is not None
     assert info is not None
     return Trajectory(
-        latents=latents,
+        latents=torch.stack(latents),
         timesteps=env.schedule.timesteps.tolist(),
         log_prob=torch.stack(log_probs) if log_probs else None,
         kl=torch.stack(kls) if kls else None,

@@ -109,7 +109,7 @@ class Reward(Protocol):
 class Trajectory:
     """N whole episodes. Tensors carry a graph where the rollout was asked for gradients."""
 
-    latents: list[Tensor]  # x_T, ..., x_0: T + 1 of [N, C, H, W], detached
+    latents: Tensor  # x_T, ..., x_0, [T + 1, N, C, H, W], detached
     timesteps: list[int]  # the scheduler's, T of them
     log_prob: Tensor | None  # of each action, nats, [T, N], detached
     kl: Tensor | None  # to the reference at each step where it was measured, nats, [at most T, N]
@@ -124,15 +124,14 @@ class Trajectory:
         Returns:
             The observation `[B, ...]` and the x_{t-1} that was chosen there, `[B, C, H, W]`.
         """
-        latents = torch.stack(self.latents)
-        timesteps = torch.tensor(self.timesteps, device=latents.device)
+        timesteps = torch.tensor(self.timesteps, device=self.latents.device)
         obs: Observation = {
-            "latents": latents[step, sample],
+            "latents": self.latents[step, sample],
             "timestep": timesteps[step],
             "prompt_embeds": self.context.prompt_embeds[sample],
             "label": self.context.label[sample],
         }
-        return obs, latents[step + 1, sample]
+        return obs, self.latents[step + 1, sample]
 
     @staticmethod
     def cat(parts: Sequence["Trajectory"]) -> "Trajectory":
@@ -146,7 +145,7 @@ class Trajectory:
             return None if values[0] is None else torch.cat(values, 1)
 
         return Trajectory(
-            latents=[torch.cat(step) for step in zip(*(part.latents for part in parts), strict=True)],
+            latents=torch.cat([part.latents for part in parts], 1),
             timesteps=first.timesteps,
             log_prob=joined("log_prob"),
             kl=joined("kl"),
