@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrl.benchmarks import emoji_data
-from diffrl.benchmarks.pretrain_emoji import Stage, encode_pool
+from diffrl.benchmarks.pretrain_emoji import Stage, encode_pool, read_command
 from diffrl.envs.emoji import ASSET
 
 
@@ -100,22 +100,9 @@ def main() -> None:
     """Read the command line and distil."""
     parser = argparse.ArgumentParser(prog="diffrl.benchmarks.distil_emoji", description=__doc__)
     parser.add_argument("--model", type=Path, default=ASSET, help="what pretrain_emoji wrote")
-    parser.add_argument("--out", type=Path, default=ASSET, help="where the distilled model is written")
     parser.add_argument("--work", type=Path, default=Path("runs/distil-emoji"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--font", type=Path, default=emoji_data.FONT, help="Noto Color Emoji")
-    parser.add_argument("--names", type=Path, default=emoji_data.NAMES, help="emoji-test.txt")
-    for field in dataclasses.fields(Distillation):
-        flag, kind = "--" + field.name.replace("_", "-"), type(field.default)
-        parser.add_argument(flag, type=kind, default=field.default, help=f"default {field.default}")
-    options = vars(parser.parse_args())
-    recipe = Distillation(**{f.name: options[f.name] for f in dataclasses.fields(Distillation)})
-    work: Path = options["work"]
-    work.mkdir(parents=True, exist_ok=True)
-    atlas = work / "glyphs.npz"
-    if not atlas.is_file():
-        emoji_data.save_atlas(atlas, options["font"], options["names"])
-    distil(recipe, options["model"], atlas, work, options["out"], options["device"])
+    recipe, atlas, options = read_command(parser, Distillation)
+    distil(recipe, options.model, atlas, options.work, options.out, options.device)
 
 
 if __name__ == "__main__":

@@ -306,25 +306,35 @@ def encode_pool(
     return torch.cat(indices), torch.cat(latents)
 
 
-def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(prog="diffrl.benchmarks.pretrain_emoji", description=__doc__)
+def read_command(parser: argparse.ArgumentParser, kind: type) -> tuple[Any, Path, argparse.Namespace]:
+    """Return the recipe asked for, the atlas of glyphs (made if it is not there) and every option.
+
+    Args:
+        parser: with the script's own options, `--work` among them.
+        kind: dataclass of the recipe; each field becomes an option.
+    """
     parser.add_argument("--out", type=Path, default=ASSET, help="where the model is written")
-    parser.add_argument("--work", type=Path, default=Path("runs/pretrain-emoji"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--font", type=Path, default=emoji_data.FONT, help="Noto Color Emoji")
     parser.add_argument("--names", type=Path, default=emoji_data.NAMES, help="emoji-test.txt")
-    for field in dataclasses.fields(Recipe):
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=int, default=field.default, help=f"default {field.default}")
-    options = vars(parser.parse_args())
-    recipe = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
-    work: Path = options["work"]
-    work.mkdir(parents=True, exist_ok=True)
-    atlas = work / "glyphs.npz"
+    fields = dataclasses.fields(kind)
+    for field in fields:
+        flag, number = "--" + field.name.replace("_", "-"), type(field.default)
+        parser.add_argument(flag, type=number, default=field.default, help=f"default {field.default}")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    atlas = options.work / "glyphs.npz"
     if not atlas.is_file():
-        emoji_data.save_atlas(atlas, options["font"], options["names"])
-    train(recipe, atlas, work, options["out"], options["device"])
+        emoji_data.save_atlas(atlas, options.font, options.names)
+    return kind(**{field.name: getattr(options, field.name) for field in fields}), atlas, options
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(prog="diffrl.benchmarks.pretrain_emoji", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/pretrain-emoji"))
+    recipe, atlas, options = read_command(parser, Recipe)
+    train(recipe, atlas, options.work, options.out, options.device)
 
 
 if __name__ == "__main__":

@@ -77,15 +77,10 @@ class Setup:
         count = self.config.reward.num_classes
         return count if isinstance(count, tuple) else (count,)
 
-    @property
-    def learned_reward(self) -> bool:
-        """Whether the reward is a classifier, fitted or loaded."""
-        return _is_learned(self.config.reward)
-
     def make_reward(self, policy: Policy, *, refit: bool = False) -> Reward:
         """Return the reward, fitted and calibrated if it is a learned one and not in the cache."""
         chosen = self.config.reward
-        if not _is_learned(chosen):
+        if not is_learned(chosen):
             return chosen
         if chosen.classifier:
             reward = LogLikelihood.load(Path(chosen.classifier))
@@ -147,13 +142,14 @@ class Setup:
         return digest.hexdigest()[:32]
 
 
-def _is_learned(reward: object) -> bool:
+def is_learned(reward: object) -> bool:
+    """Return whether these are the settings of a classifier, to be fitted or loaded."""
     return getattr(reward, "learned", False)
 
 
 def _check(config: Config) -> None:
     name, reward = settings.chosen(config, "algo"), settings.chosen(config, "reward")
-    if config.algo.needs_gradient and not (_is_learned(config.reward) or config.reward.differentiable):
+    if config.algo.needs_gradient and not (is_learned(config.reward) or config.reward.differentiable):
         raise DiffRLError(
             f"algo={name} reward={reward}: {name} needs a differentiable reward and {reward!r} is a black "
             "box. Use reward=compressibility."

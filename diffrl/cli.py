@@ -95,13 +95,13 @@ def _train(options: argparse.Namespace) -> None:
 
 def _fit(options: argparse.Namespace) -> None:
     from diffrl import config
-    from diffrl.build import Setup
+    from diffrl.build import Setup, is_learned
     from diffrl.log import console
     from diffrl.rewards.log_likelihood import LogLikelihood
     from diffrl.run import describe
 
     settings = config.load(options.words)
-    if not getattr(settings.reward, "learned", False):
+    if not is_learned(settings.reward):
         raise DiffRLError(
             f"reward={config.chosen(settings, 'reward')}: a black box, there is nothing to fit. "
             "Use reward=compressibility."

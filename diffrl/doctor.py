@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffrl.algorithms.base import Algorithm
-from diffrl.build import Setup
+from diffrl.build import Setup, is_learned
 from diffrl.config import Config
 from diffrl.policy import Policy
 from diffrl.rollout import rollout
@@ -33,7 +33,7 @@ class Finding:
 
 def examine(config: Config) -> list[Finding]:
     """Return what is found, check by check; nothing is written, no weight is moved."""
-    if getattr(config.reward, "learned", False) and not config.reward.classifier:
+    if is_learned(config.reward) and not config.reward.classifier:
         config.reward = replace(config.reward, num_pictures=_FIT_PICTURES)
     setup = Setup(config)
     policy = setup.make_policy(setup.num_classes())

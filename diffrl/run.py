@@ -14,7 +14,7 @@ import torch
 
 from diffrl import checkpoint
 from diffrl import config as settings
-from diffrl.build import Setup
+from diffrl.build import Setup, is_learned
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import evaluate, load_judge, picture_grid
@@ -145,7 +145,7 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Rewar
     for name, value in overrides.items():
         setattr(config, name, value)
     setup = Setup(config)
-    if setup.learned_reward:
+    if is_learned(config.reward):
         reward: Reward = LogLikelihood.load(path / CLASSIFIER_FILE).to(setup.device)
     else:
         reward = config.reward

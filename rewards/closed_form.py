@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import DiffRLError
-from diffrl.types import NO_LABEL, Context
+from diffrl.rewards.log_likelihood import of_label
+from diffrl.types import Context
 
 
 class ClosedForm:
@@ -30,9 +31,7 @@ class ClosedForm:
 
     def __call__(self, images: Tensor, context: Context) -> Tensor:
         """Return log p(y|x) of each point's own label, nats, `[N]`; 0 where it is NO_LABEL."""
-        label = context.label[:, 0]
-        log_prob = self.log_prob(images).gather(1, label.clamp(min=0)[:, None])[:, 0]
-        return torch.where(label == NO_LABEL, torch.zeros_like(log_prob), log_prob)
+        return of_label(self.log_prob(images), context)
 
     def true_class(self, images: Tensor) -> Tensor:
         """Return the likeliest label of each point, `[N]`, on the CPU."""

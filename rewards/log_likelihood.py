@@ -43,6 +43,13 @@ def class_of(size: Tensor, edges: Tensor) -> Tensor:
     return (size[:, None] <= edges.to(size)).sum(1)
 
 
+def of_label(log_prob: Tensor, context: Context) -> Tensor:
+    """Return each row's entry for its own label, `[N]` of `log_prob` `[N, K]`; 0 where it is NO_LABEL."""
+    label = context.label[:, 0]
+    own = log_prob.gather(1, label.clamp(min=0)[:, None])[:, 0]
+    return torch.where(label == NO_LABEL, torch.zeros_like(own), own)
+
+
 class LogLikelihood(nn.Module):
     """r(x, c, y) = log p(y|x), from the log-softmax; the strength gamma belongs to the algorithm.
 
@@ -76,9 +83,7 @@ class LogLikelihood(nn.Module):
 
     def forward(self, images: Tensor, context: Context) -> Tensor:
         """Return log p(y|x) in nats, `[N]`; 0 where the label is NO_LABEL."""
-        label = context.label[:, 0]
-        log_prob = self.classifier(images).gather(1, label.clamp(min=0)[:, None])[:, 0]
-        return torch.where(label == NO_LABEL, torch.zeros_like(log_prob), log_prob)
+        return of_label(self.classifier(images), context)
 
     def measure(self, images: Tensor) -> Tensor:
         """Return the true measure, JPEG size in kB, `[N]`."""
