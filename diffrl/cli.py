@@ -83,7 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     sample.add_argument("--out", type=Path, help="folder to write to (default RUN/samples)")
 
-    add("list", _list, "show what can be chosen: algorithms, envs, rewards, presets, prompt lists")
+    compare = add(
+        "compare", _compare, "train every row of a suite, some seeds each, and show them together"
+    )
+    compare.add_argument("words", nargs="*", metavar="key=value", help="suite=NAME, then settings of all")
+    compare.add_argument("--seeds", type=int, help="seeds a row (default: the suite's)")
+    compare.add_argument(
+        "--jobs", type=int, default=2, help="cells at a time, sharing the cores (default 2)"
+    )
+    compare.add_argument("--root", type=Path, default=Path("runs/compare"), help="holds the cells' runs")
+    compare.add_argument("--out", type=Path, help="folder of the result (default: that of the cells)")
+    compare.add_argument("--json", action="store_true", help="print one JSON record a row")
+
+    add("list", _list, "show what can be chosen: algorithms, envs, rewards, presets, suites, prompt lists")
     return parser
 
 
@@ -135,6 +147,32 @@ def _doctor(options: argparse.Namespace) -> None:
         if not finding.sound:
             console.print(f"[bold red]{finding.check}[/]: {finding.advice}")
     if not all(finding.sound for finding in findings):
+        sys.exit(1)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from diffrl.benchmarks import compare
+    from diffrl.log import console
+
+    chosen = [word for word in options.words if word.startswith("suite=")]
+    if len(chosen) != 1:
+        raise DiffRLError(f"give one suite, as suite=NAME; known: {', '.join(compare.suites())}.")
+    for option in ("seeds", "jobs"):
+        if (count := getattr(options, option)) is not None and count < 1:
+            raise DiffRLError(f"--{option} {count}: must be 1 or more.")
+    words = [word for word in options.words if word not in chosen]
+    path = chosen[0].removeprefix("suite=")
+    suite, name = compare.load(path), Path(path).stem
+    folder = options.root / name
+    records = compare.compare(suite, folder, words=words, seeds=options.seeds, jobs=options.jobs)
+    rows = compare.report(name, suite, records, options.out or folder)
+    if options.json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        console.print(compare.table(suite, rows), width=max(console.width, 120), crop=False)
+        console.print(f"{options.out or folder}/{name}.json has every number")
+    if any(row["failed"] for row in rows):
         sys.exit(1)
 
 
@@ -213,6 +251,7 @@ def _list(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from diffrl import config
+    from diffrl.benchmarks.compare import suites
     from diffrl.envs.prompts import LISTS
     from diffrl.log import console
 
@@ -224,6 +263,8 @@ def _list(options: argparse.Namespace) -> None:
             table.add_row(f"{group}={name}", escape((kind.__doc__ or "").splitlines()[0]))
     for name, line in config.experiments().items():
         table.add_row(f"+experiment={name}", line)
+    for name, path in suites().items():
+        table.add_row(f"suite={name}", path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
     for name, words in LISTS.items():
         table.add_row(f"prompts={name}", f"{len(words)} words: {', '.join(words[:5])}, ...")
     table.add_row("prompts=PATH.txt", "one prompt per line")

@@ -45,7 +45,8 @@ GROUPS: dict[str, dict[str, type]] = {
 }
 """What can be chosen on the command line, by group and name."""
 
-_CONF = Path(__file__).parent / "conf"
+CONF = Path(__file__).parent / "conf"
+"""Where the presets and suites lie."""
 
 
 @dataclass
@@ -88,7 +89,7 @@ def experiments() -> dict[str, str]:
     """Return `{name: first comment line}` of the presets for `+experiment=`."""
     return {
         path.stem: path.read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
-        for path in sorted((_CONF / "experiment").glob("*.yaml"))
+        for path in sorted((CONF / "experiment").glob("*.yaml"))
     }
 
 

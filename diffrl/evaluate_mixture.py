@@ -14,12 +14,12 @@ from rich.table import Table
 from diffrl.build import Setup
 from diffrl.exact import ExactSolver, Measured
 from diffrl.log import RunLog, console
-from diffrl.plot import Curve, panels
+from diffrl.plot import Curve, densities
 from diffrl.policy import Policy
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rollout import rollout
 
-_GREY, _BLUE, _RED = (140, 140, 140), (31, 119, 180), (200, 40, 40)
+_GREY, _BLUE, _RED = "#8c8c8c", "#1f77b4", "#c82828"
 _SAMPLES = 2048  # a label, where nothing is exact: standard error of a mean .02 standard deviations
 _COLUMNS = {
     "log p": "log_prob",
@@ -49,8 +49,8 @@ class MixtureEvaluation:
                 bound=setup.config.env.reach,
             )
 
-    def report(self, update: int, log: RunLog) -> None:
-        """Write the measures to the log, print them, and draw prior, target and learned law."""
+    def report(self, update: int, log: RunLog) -> dict[str, Any]:
+        """Print the measures and draw prior, target and learned law; return the measures."""
         if self.solver is None:
             measures = self._sampled()
         else:
@@ -58,8 +58,8 @@ class MixtureEvaluation:
             measures = self._exact(self.solver, measured)
             path = log.picture(update, "laws", draw_laws(self.solver, measured))
             console.print(f"update {update}: {path}")
-        log.write(update, measures)
         console.print(table(measures))
+        return measures
 
     def measure(self) -> dict[str, Any]:
         """Return the measures under the names of `metrics.jsonl`."""
@@ -83,6 +83,9 @@ class MixtureEvaluation:
             "exact/gap_nats": float(measured.gap.max()),
             "exact/gap_gaussian_nats": float((solver.best_gaussian - measured.objective).max()),
             "exact/tv": float(measured.tv.max()),
+            "exact/log_prob": float(measured.log_prob.mean()),  # over the labels, as the next two
+            "exact/target_log_prob": float((solver.target * solver.log_prob).sum(1).mean()),
+            "exact/kl_nats": float(measured.kl.mean()),
             "exact/off_grid": measured.off_grid,
         } | {f"exact/{name}_per_label": values.tolist() for name, values in lists.items()}
 
@@ -133,4 +136,4 @@ def draw_laws(solver: ExactSolver, measured: Measured) -> Image.Image:
         f"label {label}: gap {gap:.4f} nats, total variation {tv:.4f}"
         for label, (gap, tv) in enumerate(zip(measured.gap.tolist(), measured.tv.tolist(), strict=True))
     ]
-    return panels(solver.points, curves, titles)
+    return densities(solver.points, curves, titles)

@@ -66,6 +66,8 @@ class Run:
         self.env.reset(seed=self.config.seed)
         self.generator = setup.generator(2)
         self.mixture = MixtureEvaluation(setup, policy, reward) if isinstance(reward, ClosedForm) else None
+        # on training so far: pictures drawn, forward passes (backward ones aside) and seconds
+        self.spent = {"spent/pictures": 0.0, "spent/network_calls": 0.0, "spent/seconds": 0.0}
 
     def loop(self) -> None:
         """Train, evaluating every `eval_every` updates and at the end."""
@@ -82,12 +84,16 @@ class Run:
                 metrics = algo.update(self._collect(hits), self.policy, optimizer)
                 if hits:
                     metrics["rollout/accuracy"] = float(torch.cat(hits).float().mean())
+                seconds, calls = time.perf_counter() - begin, self.policy.num_calls - calls
+                self.spent["spent/pictures"] += algo.batch_size
+                self.spent["spent/network_calls"] += calls
+                self.spent["spent/seconds"] += seconds
                 metrics |= {
-                    "time/seconds_per_image": (time.perf_counter() - begin) / algo.batch_size,
-                    "time/calls_per_image": (self.policy.num_calls - calls) / algo.batch_size,
+                    "time/seconds_per_image": seconds / algo.batch_size,
+                    "time/calls_per_image": calls / algo.batch_size,
                     "train/learning_rate": base[0] * algo.rate(update),
                 }
-                self.log.write(update + 1, metrics)
+                self.log.write(update + 1, metrics | self.spent)
                 bar.advance(note=_note(metrics))
                 if (update + 1) % self.config.eval_every == 0 and update + 1 < algo.updates:
                     self._evaluate(update + 1, self.config.eval_pictures)
@@ -105,10 +111,10 @@ class Run:
 
     def _evaluate(self, update: int, num_pictures: int) -> None:
         if self.mixture is not None:
-            self.mixture.report(update, self.log)
+            self.log.write(update, self.mixture.report(update, self.log) | self.spent)
             return
         measures = measure(self.setup, self.policy, self.reward, num_pictures)
-        self.log.write(update, {f"eval/{name}": value for name, value in measures.items()})
+        self.log.write(update, {f"eval/{name}": value for name, value in measures.items()} | self.spent)
         env = self.setup.make_env(self.reward, _GRID_ENVS)
         picture = picture_grid(env, self.policy, self.setup.prompts[:_GRID_ENVS])
         path = self.log.picture(update, "grid", picture)

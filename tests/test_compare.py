@@ -1,0 +1,142 @@
+"""Suites: what is refused before anything runs, what is run again, and the arithmetic of the table."""
+
+import json
+import math
+
+import pytest
+import yaml
+from conftest import assert_close
+from test_cli import fails
+
+from diffrl.benchmarks import compare
+from diffrl.cli import main
+from diffrl.errors import DiffRLError
+
+SETTINGS = ["env=gaussian_mixture", "env.num_steps=4", "algo.updates=2", "eval_every=1"]
+SETTINGS += ["algo.batch_size=8", "algo.micro_batch_size=8"]
+ROWS = {"ctrl, gamma 1": ["algo=ctrl"], "reward only": ["algo=reward_backprop"]}
+COLUMNS = {"gap (nats)": "exact/gap_nats", "TV": "exact/tv"}
+
+
+def write(folder, **parts):
+    path = folder / "mine.yaml"
+    path.write_text(
+        yaml.safe_dump({"rows": ROWS, "columns": COLUMNS, "settings": SETTINGS} | parts, sort_keys=False)
+    )
+    return path
+
+
+def words(path, *more):
+    return ["compare", f"suite={path}", "--root", str(path.parent / "cells"), *more]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Return the file of a suite that was run, two seeds a row; the last row crashes in training."""
+    folder = tmp_path_factory.mktemp("suite")
+    crashing = ["algo=rwr", "algo.weights=threshold", "algo.threshold=9"]  # no reward reaches it
+    path = write(folder, rows=ROWS | {"crash": crashing}, seeds=2, curve={"gap (nats)": "exact/gap_nats"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFRL_CACHE", str(folder / "cache"))
+        with pytest.raises(SystemExit) as stop:
+            main(words(path))
+    assert stop.value.code == 1
+    return path
+
+
+class TestSuiteFile:
+    def test_an_unknown_key_is_named_with_the_nearest(self, tmp_path, capsys):
+        message = fails(capsys, *words(write(tmp_path, seed=3)))
+        assert "key=seed: no such key. Did you mean 'seeds'?" in message
+
+    def test_an_unknown_suite_names_the_known(self, capsys):
+        assert "suite=emojis: no such suite. Did you mean 'emoji'?" in fails(
+            capsys, "compare", "suite=emojis"
+        )
+
+    @pytest.mark.parametrize(
+        "parts",
+        [{"rows": {}}, {"rows": ["ctrl"]}, {"rows": {"a": "algo=ctrl"}}, {"columns": None}, {"seeds": 0}],
+        ids=str,
+    )
+    def test_a_value_of_the_wrong_form_is_refused(self, tmp_path, parts):
+        with pytest.raises(DiffRLError, match=r"mine.yaml: not a suite: (rows|columns|seeds): "):
+            compare.load(str(write(tmp_path, **parts)))
+
+    def test_a_mistake_in_the_last_row_shows_before_the_first_is_run(self, tmp_path, capsys):
+        path = write(tmp_path, rows=ROWS | {"last": ["algo.gama=3"]})
+        assert "algo.gama: no such setting" in fails(capsys, *words(path))
+        assert not (tmp_path / "cells").exists()
+
+    @pytest.mark.parametrize("name", compare.suites())
+    def test_the_rows_of_every_suite_are_settings_that_train_takes(self, name):
+        suite = compare.load(name)
+        for row in suite.rows.values():
+            compare.config.load([*suite.settings, *row])
+
+
+class TestTable:
+    def test_interval_is_students(self):
+        mean, half = compare.interval([1.0, 2.0, 6.0])
+        assert_close(mean, 3.0, atol=1e-12)
+        # t of 2 degrees at .975 is 4.3027; standard deviation sqrt(7)
+        assert_close(half, 4.30265 * math.sqrt(7 / 3), atol=1e-4)
+        assert compare.interval([2.5]) == (2.5, None)
+
+    def test_a_row_is_the_mean_over_seeds_of_the_last_evaluation(self):
+        def cell(seed, last):
+            return {"row": "a", "seed": seed, "minutes": 1.0, "points": [{"m": 9.0}, {"m": last, "l": [1]}]}
+
+        (row,) = compare.summarise(
+            "s", [cell(0, 1.0), cell(1, 3.0), {"row": "a", "seed": 2, "failed": True}]
+        )
+        assert (row["suite"], row["method"], row["n_seeds"], row["failed"]) == ("s", "a", 2, 1)
+        assert (row["m"], row["m_max"]) == (2.0, 3.0)
+        assert_close(row["m_ci95"], 12.7062, atol=1e-3)  # t of 1 degree; standard error 1
+        assert "l" not in row
+
+
+class TestCells:
+    def test_the_others_finish_when_a_cell_crashes(self, done):
+        report = json.loads((done.parent / "cells" / "mine" / "mine.json").read_text())
+        assert [row["n_seeds"] for row in report["rows"]] == [2, 2, 0]
+        assert [row["failed"] for row in report["rows"]] == [0, 0, 2]
+        assert "none of 8 rewards reaches it" in (done.parent / "cells/mine/crash-seed0.log").read_text()
+
+    def test_a_point_tells_what_was_spent_by_then(self, done):
+        report = json.loads((done.parent / "cells" / "mine" / "mine.json").read_text())
+        first, middle, last = report["cells"][0]["points"]
+        assert [p["spent/pictures"] for p in (first, middle, last)] == [0, 8, 16]
+        # policy and reference, 4 steps, of 8 points
+        assert [p["spent/network_calls"] for p in (first, middle, last)] == [0, 64, 128]
+        assert 0 == first["spent/seconds"] < middle["spent/seconds"] < last["spent/seconds"]
+
+    def test_a_cell_records_what_its_numbers_depend_on(self, done):
+        cell = json.loads((done.parent / "cells/mine/ctrl-gamma-1-seed1/cell.json").read_text())
+        assert cell["command"].startswith("diffrl train env=gaussian_mixture")
+        assert cell["command"].endswith("seed=1")
+        assert {"version", "commit", "torch", "python", "hardware", "minutes"} <= cell.keys()
+
+    def test_only_what_is_not_done_is_run_again(self, done, monkeypatch, capsys):
+        monkeypatch.setenv("DIFFRL_CACHE", str(done.parent / "cache"))
+        cells = done.parent / "cells" / "mine"
+        cut, sound = (cells / f"ctrl-gamma-1-seed{s}" / "cell.json" for s in (0, 1))
+        before = sound.stat().st_mtime_ns
+        whole = json.loads(cut.read_text())
+        cut.write_text(cut.read_text()[:99])
+        with pytest.raises(SystemExit):
+            main(words(done, "--json"))
+        assert sound.stat().st_mtime_ns == before
+        again = json.loads(cut.read_text())
+        gap = "exact/gap_nats"
+        assert [p[gap] for p in again["points"]] == [p[gap] for p in whole["points"]]
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        assert [row["method"] for row in rows] == ["ctrl, gamma 1", "reward only", "crash"]
+
+    def test_other_settings_are_other_cells(self, done):
+        suite = compare.load(str(done))
+        cell = compare.Cell("ctrl, gamma 1", 1, [*suite.settings, "algo=ctrl", "seed=1"])
+        folder = done.parent / "cells" / "mine"
+        assert compare._read(cell, folder) is not None
+        changed = compare.Cell(cell.row, 1, [*cell.words, "algo.gamma=2"])
+        assert compare._read(changed, folder) is None
