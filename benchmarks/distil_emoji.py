@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffrl.benchmarks import emoji_data
-from diffrl.benchmarks.pretrain_emoji import Stage, encode_pool, read_command
+from diffrl.benchmarks.pretrain_emoji import Stage, encode_pool, read_command, save
 from diffrl.envs.emoji import ASSET
 
 
@@ -83,7 +83,7 @@ def distil(recipe: Distillation, model: Path, atlas: Path, work: Path, out: Path
             new.lerp_(old, 1 - recipe.blend)
     pipeline.unet = distilled.to("cpu", torch.float16)
     pipeline.vae.to("cpu", torch.float16)
-    pipeline.save_pretrained(out)
+    save(pipeline, out)
     if out != model:
         shutil.copytree(model / "judge", out / "judge", dirs_exist_ok=True)
     path = out / "recipe.json"

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -139,6 +140,24 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
+    """Write a checkpoint that transformers 4 reads as well, as it reads Stable Diffusion v1.5's own.
+
+    It wants a tokenizer's older two files, and the text encoder's weights below `text_model.`; without that
+    prefix it starts from random ones, with no more than a warning.
+    """
+    pipeline.save_pretrained(out)
+    weights = out / "text_encoder" / "model.safetensors"
+    named = {"text_model." + name.removeprefix("text_model."): w for name, w in load_file(weights).items()}
+    save_file(named, weights, metadata={"format": "pt"})
+    model = json.loads((out / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])])
+    (out / "tokenizer" / "vocab.json").write_text(
+        json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8"
+    )
+    (out / "tokenizer" / "merges.txt").write_text(merges + "\n", encoding="utf-8")
 
 
 class Denoiser(nn.Module):
@@ -272,7 +291,7 @@ def train(recipe: Recipe, atlas: Path, work: Path, out: Path, device: str) -> No
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(out)
+    save(pipeline, out)
     judge.half().save(out / "judge")
     card = dataclasses.asdict(recipe) | {
         "seconds": {name: round(value) for name, value in seconds.items()},

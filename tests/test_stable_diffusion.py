@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -62,6 +63,17 @@ def test_the_emoji_model_ships_within_its_budget_and_in_half_precision():
     assert not list(ASSET.rglob("*.bin"))
     assert not list(ASSET.rglob("*.pt"))
     assert (ASSET / "README.md").is_file()
+
+
+def test_the_emoji_model_has_what_transformers_4_reads():
+    """Without it the text encoder starts from random weights there, with a warning only."""
+    names = load_file(ASSET / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
+    model = json.loads((ASSET / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert json.loads((ASSET / "tokenizer" / "vocab.json").read_text(encoding="utf-8")) == model["vocab"]
+    header, *merges = (ASSET / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert header.startswith("#version")
+    assert [line.split(" ") for line in merges] == model["merges"]
 
 
 def test_the_emoji_model_draws_what_the_prompt_says(emoji):
