@@ -64,7 +64,7 @@ class Pathwise(Algorithm):
             reference=policy.reference if self.kl_weight else None,
             grad_steps=self.truncation.kept(schedule.num_steps, generator),
             kl_weights=weights,
-            path=self.truncation.path,
+            posterior_mean=policy.posterior_mean if self.truncation.path == "posterior_mean" else None,
         )
 
     def update(

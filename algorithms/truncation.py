@@ -1,10 +1,11 @@
 """Truncated back-propagation: which steps' noise predictions carry a gradient, and along which path.
 
 Step i = 0, ..., T-1 is kept if i >= K: K first steps are cut. Sources: AlignProp, arXiv:2310.03739,
-section 4 (K once a trajectory); the code of CTRL (a new K at every step). Or a random subset of steps is
-kept, whose gradients reach them along the linear part of the chain alone, not through the Jacobians of
-the network: their product over many steps explodes. Leaving those out is DRTune's estimator,
-arXiv:2405.00760; ours also puts in their place the Jacobian of the optimal denoiser of N(0, I).
+section 4 (K once a trajectory); the code of CTRL (a new K at every step). The product of the network's
+Jacobians over many steps explodes, so by default nothing runs through the chain: a random subset of steps
+is kept, and x_0's gradient reaches each of them at once, by the Jacobian of the pretrained E[x_0|x_{t-1}].
+Gradients that leave the Jacobians out altogether are DRTune's, arXiv:2405.00760; ours keeps one of them,
+which turns the picture's gradient into a direction in which pretrained pictures vary.
 """
 
 from dataclasses import dataclass
@@ -28,12 +29,12 @@ class Truncation:
     )
     std: float = 5.0
     count: int = 4  # of the kinds last and subset
-    path: str = "linear"  # from x_{t-1} to x_t: network (its Jacobian, the true gradient) or linear
+    path: str = "posterior_mean"  # of the gradient, x_0 to a kept step: at once, or network: by the chain
 
     def __post_init__(self) -> None:
         check_choice("algo.truncation.kind", self.kind, ("fixed", "uniform", "gaussian", "last", "subset"))
         check_choice("algo.truncation.draw", self.draw, ("trajectory", "step"))
-        check_choice("algo.truncation.path", self.path, ("network", "linear"))
+        check_choice("algo.truncation.path", self.path, ("network", "posterior_mean"))
         if self.count < 1:
             raise DiffRLError(f"algo.truncation.count={self.count}: must be 1 or more.")
         if self.low < 0 or (self.high is not None and self.high < self.low):

@@ -139,6 +139,15 @@ class Policy(nn.Module):
         eps = self._guided(obs, self._no_label(obs), adapters=False)
         return self.schedule.step(obs["latents"], eps, obs["timestep"])
 
+    def posterior_mean(self, obs: Observation) -> Tensor:
+        """Return the pretrained model's E[x_0|x_t] at `obs`, `[N, C, H, W]` (Tweedie's formula).
+
+        Its Jacobian by x_t is sqrt(A) / (1 - A) times the covariance of x_0 given x_t: where the pretrained
+        pictures may still go, and how far.
+        """
+        eps = self._guided(obs, self._no_label(obs), adapters=False)
+        return self.schedule.predict_x_0(obs["latents"], eps, obs["timestep"])
+
     def begin(self, obs: Observation) -> None:
         """Nothing to forget: the policy is Markov."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from diffrl.envs.denoising import DenoisingVectorEnv
@@ -21,7 +22,7 @@ def rollout(
     reference: Callable[[Observation], Independent] | None = None,
     grad_steps: int | Sequence[bool] = 0,
     kl_weights: Sequence[float] | None = None,
-    path: str = "network",
+    posterior_mean: Callable[[Observation], Tensor] | None = None,
     seed: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> Trajectory:
@@ -38,10 +39,11 @@ def rollout(
         kl_weights: a factor on each step's KL, 0 to leave it unmeasured. A measured step has its KL's
             gradient whatever `grad_steps` says. By default every step is measured, at weight 1, with
             its gradient where `grad_steps` keeps it (CTRL's code).
-        path: what a gradient meets on its way from x_{t-1} to x_t. "network": the true derivative where a
-            step is kept, the derivative at a constant noise prediction where it is not. "linear": at
-            every step `schedule.linear_gain`, the derivative for latents of law N(0, I), and
-            never the network's Jacobian; the network's input counts as a constant.
+        posterior_mean: E[x_0|x_t] of an observation. If given, the reward's gradient reaches each kept
+            step's x_{t-1} at once, by the Jacobian of E[x_0|x_{t-1}], and never from step to step: exact
+            where x_0 given x_{t-1} is Gaussian, of a covariance that does not depend on x_{t-1}. By default
+            it goes back through the chain, by the true derivative where a step is kept, by the derivative
+            at a constant noise prediction where it is not.
     """
     steps = env.schedule.num_steps
     if isinstance(grad_steps, int):
@@ -51,9 +53,10 @@ def rollout(
     actor.begin(obs)
     latents, log_probs, kls, log_ratios = [obs["latents"].detach()], [], [], []
     reward = info = None
+    shortcuts: list[Tensor] = []  # from kept actions to x_0: zero, but for the gradient
     for i, keep in enumerate(grad_steps):
         x_t = obs["latents"]
-        seen: Observation = {**obs, "latents": x_t.detach()} if path == "linear" else obs
+        seen: Observation = obs if posterior_mean is None else {**obs, "latents": x_t.detach()}
         weight = 1.0 if kl_weights is None else kl_weights[i]
         measured = reference is not None and weight > 0
         with torch.set_grad_enabled(keep or (measured and kl_weights is not None)):
@@ -62,9 +65,10 @@ def rollout(
                 other = reference(seen)
                 kls.append(weight * kl_divergence(step.distribution, other))
         prev_sample = step.prev_sample if keep else step.prev_sample.detach()
-        if x_t.requires_grad and (path == "linear" or not keep):
-            gain = env.schedule.linear_gain[i] if path == "linear" else env.schedule.x_gain[i]
-            prev_sample = prev_sample + gain * (x_t - x_t.detach())
+        if posterior_mean is not None and i == steps - 1:
+            prev_sample = sum(shortcuts, prev_sample)
+        elif posterior_mean is None and x_t.requires_grad and not keep:
+            prev_sample = prev_sample + env.schedule.x_gain[i] * (x_t - x_t.detach())
         if step.distribution is not None:
             with torch.no_grad():
                 log_probs.append(step.distribution.log_prob(step.prev_sample))
@@ -72,6 +76,9 @@ def rollout(
                     log_ratios.append(log_probs[-1] - other.log_prob(step.prev_sample))
         with torch.set_grad_enabled(wanted):
             obs, reward, _, _, info = env.step(prev_sample)
+            if posterior_mean is not None and keep and i < steps - 1:
+                x_0 = posterior_mean(obs)
+                shortcuts.append(x_0 - x_0.detach())
         latents.append(obs["latents"].detach())
     assert reward is not None
     assert info is not None

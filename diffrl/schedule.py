@@ -74,11 +74,6 @@ class DDIMSchedule(nn.Module):
         """KL in nats of one step for a unit change of |eps|^2, [T]: eps_gain^2 / (2 sigma^2)."""
         return self.eps_gain.square() / (2 * self.sigma.square())
 
-    @property
-    def linear_gain(self) -> Tensor:
-        """Derivative of the mean by x_t at latents of law N(0, I), where eps = sqrt(1 - A) x_t, [T]."""
-        return self.x_gain + self.eps_gain * (1 - self.alpha_bar).sqrt()
-
     def step(self, x_t: Tensor, eps: Tensor, timestep: Tensor) -> Independent:
         """Return the law of x_{t-1} given x_t and the predicted noise; event shape [C, H, W].
 
@@ -95,6 +90,11 @@ class DDIMSchedule(nn.Module):
         mean = x_gain * x_t + eps_gain * eps
         normal = Normal(mean, sigma.expand_as(mean), validate_args=False)
         return Independent(normal, x_t.dim() - 1, validate_args=False)
+
+    def predict_x_0(self, x_t: Tensor, eps: Tensor, timestep: Tensor) -> Tensor:
+        """Return (x_t - sqrt(1 - A) eps) / sqrt(A), `[N, C, H, W]`: DDIM's "predicted x_0", eq. 12."""
+        a = self.alpha_bar[self._index[timestep]].view((-1,) + (1,) * (x_t.dim() - 1))
+        return (x_t - (1 - a).sqrt() * eps) / a.sqrt()
 
 
 def make_scheduler() -> DDIMScheduler:

@@ -183,7 +183,7 @@ class TestSettings:
         other = config.load(["env=gaussian_mixture", "reward=gaussian", "algo.gamma=10", "policy.rank=3"])
         assert isinstance(other.reward, Gaussian)
         assert (other.algo.gamma, other.policy.rank) == (10, 3)
-        assert config.load([]).algo.truncation.path == "linear"  # emoji keeps its own
+        assert config.load([]).algo.truncation.path == "posterior_mean"  # emoji keeps its own
 
     @pytest.mark.parametrize(
         ("words", "message"),

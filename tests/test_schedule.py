@@ -18,8 +18,10 @@ def test_step_agrees_with_diffusers_at_every_timestep(num_steps, eta):
     for timestep in theirs.timesteps:
         x_t, eps, noise = torch.randn(3, 2, 4, 8, 8, generator=generator)
         law = schedule.step(x_t, eps, timestep.repeat(2))
-        expected = theirs.step(eps, int(timestep), x_t, eta=eta, variance_noise=noise).prev_sample
-        assert_close(law.mean + law.stddev * noise, expected, atol=2e-6)
+        expected = theirs.step(eps, int(timestep), x_t, eta=eta, variance_noise=noise)
+        assert_close(law.mean + law.stddev * noise, expected.prev_sample, atol=2e-6)
+        x_0 = schedule.predict_x_0(x_t, eps, timestep.repeat(2))
+        assert_close(x_0, expected.pred_original_sample, atol=1e-4)  # up to 15 times x_t
 
 
 def test_sigma_and_kappa_equal_the_published_table_of_sd15():

@@ -144,8 +144,8 @@ def test_a_step_measured_for_its_kl_alone_gives_the_reward_no_gradient(tiny):
     assert gradients[0].any()
 
 
-def test_the_linear_path_is_the_true_gradient_for_latents_of_standard_normal_law(tiny):
-    """There the optimal denoiser is eps = sqrt(1 - A) x_t, so with a learnt bias nothing is left out."""
+def test_the_posterior_means_jacobian_is_the_true_gradient_for_gaussian_latents(tiny):
+    """Of law N(0, I) the optimal denoiser is eps = sqrt(1 - A) x_t, x_0's covariance constant."""
     policy, env = make(tiny, num_steps=5)
     schedule = policy.schedule
     bias = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -160,28 +160,53 @@ def test_the_linear_path_is_the_true_gradient_for_latents_of_standard_normal_law
             law = schedule.step(obs["latents"], eps, obs["timestep"])
             return ActorStep(draw(law, generator), law)
 
-    def gradient(path):
+    def posterior_mean(obs):
+        a = schedule.train_alpha_bar[obs["timestep"]].view(-1, 1, 1, 1)
+        # the chain stops at the first timestep's signal, a little short of 1
+        return (a / schedule.alpha_bar_prev[-1]).sqrt() * obs["latents"]
+
+    def gradient(mean):
         trajectory = rollout(
-            env, Optimal(), torch.Generator().manual_seed(1), grad_steps=5, path=path, seed=1
+            env, Optimal(), torch.Generator().manual_seed(1), grad_steps=5, posterior_mean=mean, seed=1
         )
         return torch.autograd.grad(trajectory.reward.sum(), bias)[0]
 
-    assert_close(gradient("linear"), gradient("network"), atol=0, rtol=1e-6)
+    assert_close(gradient(posterior_mean), gradient(None), atol=0, rtol=1e-6)
 
 
-def test_on_the_linear_path_the_kept_steps_add_up(tiny):
+def test_by_the_posterior_mean_the_kept_steps_add_up(tiny):
     """No step's gradient passes through another's network, so all together are the sum of each alone."""
     policy, env = make(tiny)
 
     def gradient(kept):
         trajectory = rollout(
-            env, policy, torch.Generator().manual_seed(5), grad_steps=kept, path="linear", seed=5
+            env,
+            policy,
+            torch.Generator().manual_seed(5),
+            grad_steps=kept,
+            posterior_mean=policy.posterior_mean,
+            seed=5,
         )
         return torch.autograd.grad(trajectory.reward.sum(), policy.lora_parameters()[1])[0]
 
     single = [gradient([i == j for j in range(4)]) for i in range(4)]
     assert all(g.any() for g in single)
     assert_close(sum(single), gradient([True] * 4), atol=1e-12, rtol=1e-8)
+
+
+def test_the_posterior_mean_moves_no_picture_and_has_no_gradient_of_its_own(tiny):
+    """It is a map from x_t alone: the trained weights are not in it, and its value adds nothing to x_0."""
+    policy, env = make(tiny)
+    runs = [
+        rollout(env, policy, torch.Generator().manual_seed(5), grad_steps=4, posterior_mean=mean, seed=5)
+        for mean in (None, policy.posterior_mean)
+    ]
+    assert torch.equal(runs[0].latents, runs[1].latents)
+    obs, _ = env.reset(seed=0)
+    obs["latents"].requires_grad_()
+    policy.posterior_mean(obs).sum().backward()
+    assert obs["latents"].grad.any()
+    assert not any(p.grad is not None and p.grad.any() for p in policy.parameters())
 
 
 def test_no_graph_is_kept_without_gradient_steps(tiny):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from toy import Recorder, ToyEnv, ToyPolicy, objective
+from toy import Recorder, ToyEnv, ToyPolicy, linear_gain, objective
 
 from diffrl.algorithms.advantages import GroupStatistics, standardise
 from diffrl.algorithms.ddpo import DDPO
@@ -36,7 +36,7 @@ def test_score_function_gradient_equals_the_formula_written_out():
         for b in range(64):
             y = int(batch.context.label[b])
             x, action = batch.latents[t][b].item(), batch.latents[t + 1][b].item()
-            mu = schedule.linear_gain[t] * x + schedule.eps_gain[t] * policy.theta[y].detach()
+            mu = linear_gain(schedule)[t] * x + schedule.eps_gain[t] * policy.theta[y].detach()
             score = (action - mu) / schedule.sigma[t] ** 2 * schedule.eps_gain[t]
             by_hand[y] -= advantage[b] * score / (64 * 4)
     assert_close(gradient, by_hand, atol=1e-10, rtol=1e-7)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from toy import Recorder, ToyEnv, ToyPolicy
+from toy import Recorder, ToyEnv, ToyPolicy, linear_gain
 
 from diffrl import config
 
@@ -26,7 +26,7 @@ def one_update(algo, num_steps, seed=0):
 
 def score(batch, schedule, theta, t):
     """d log p(x_{t-1} | x_t) / d theta at step t, [N]."""
-    mean = schedule.linear_gain[t] * batch.latents[t] + schedule.eps_gain[t] * theta
+    mean = linear_gain(schedule)[t] * batch.latents[t] + schedule.eps_gain[t] * theta
     return ((batch.latents[t + 1] - mean) / schedule.sigma[t] ** 2 * schedule.eps_gain[t]).flatten()
 
 
@@ -62,7 +62,7 @@ def path_slope(schedule, kept):
     path, slope = 1.0, 0.0
     for t in reversed(range(schedule.num_steps)):
         slope += path * float(schedule.eps_gain[t]) * kept[t]
-        path *= float(schedule.linear_gain[t] if kept[t] else schedule.x_gain[t])
+        path *= float(linear_gain(schedule)[t] if kept[t] else schedule.x_gain[t])
     return slope
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from toy import Recorder, ToyEnv, ToyPolicy, objective
+from toy import Recorder, ToyEnv, ToyPolicy, linear_gain, objective
 
 from diffrl.algorithms.reward_backprop import RewardBackprop
 from diffrl.algorithms.truncation import Truncation
@@ -44,7 +44,7 @@ def test_draft_k_differentiates_the_last_k_steps_alone():
         path, slope = 1.0, 0.0
         for i in reversed(range(4 - k, 4)):
             slope += path * float(schedule.eps_gain[i])
-            path *= float(schedule.linear_gain[i])
+            path *= float(linear_gain(schedule)[i])
         x_0 = batch.latents[-1].flatten()
         assert_close(found[0], (2 * (x_0 - 1) * slope).mean(), atol=1e-9)
 
@@ -64,7 +64,7 @@ def test_draft_lv_averages_re_noised_last_steps():
         torch.randn(8, 1, 1, 1, generator=generator, dtype=torch.float64)
         a = schedule.alpha_bar[-1]
         x_1 = a.sqrt() * x_0 + (1 - a).sqrt() * noise
-        again = schedule.linear_gain[-1] * x_1 + schedule.eps_gain[-1] * policy.theta.detach()
+        again = linear_gain(schedule)[-1] * x_1 + schedule.eps_gain[-1] * policy.theta.detach()
         total += float((2 * (again - 1) * schedule.eps_gain[-1]).mean()) / count
     assert_close(found[0], total, atol=1e-9)
 

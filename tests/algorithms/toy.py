@@ -12,6 +12,11 @@ from diffrl.schedule import DDIMSchedule
 from diffrl.types import ActorStep, Context, draw
 
 
+def linear_gain(schedule):
+    """Derivative of the reference's mean by x_t, [T]."""
+    return schedule.x_gain + schedule.eps_gain * (1 - schedule.alpha_bar).sqrt()
+
+
 class ToyPolicy(nn.Module):
     def __init__(self, num_steps=4, num_labels=2):
         super().__init__()
@@ -85,10 +90,11 @@ class ToyEnv:
 def objective(policy, kl=0.0):
     """E[r - kl sum_t KL] for each label, in closed form and differentiable."""
     schedule = policy.schedule
+    gain = linear_gain(schedule)
     mean, variance = torch.zeros_like(policy.theta), torch.ones((), dtype=torch.float64)
     for i in range(schedule.num_steps):
-        mean = schedule.linear_gain[i] * mean + schedule.eps_gain[i] * policy.theta
-        variance = schedule.linear_gain[i] ** 2 * variance + schedule.sigma[i] ** 2
+        mean = gain[i] * mean + schedule.eps_gain[i] * policy.theta
+        variance = gain[i] ** 2 * variance + schedule.sigma[i] ** 2
     return -((mean - 1) ** 2) - variance - kl * schedule.kappa.sum() * policy.theta**2
 
 
