@@ -92,8 +92,8 @@ class TestTrain:
         updates = [line for line in lines if "train/loss" in line]
         assert [line["update"] for line in updates] == [1, 2]
         for line in updates:
-            # two steps of the policy and one of the reference, each with guidance
-            assert line["time/calls_per_image"] == (2 + 1) * 2
+            # two steps of the policy, one of the reference and one posterior mean, each with guidance
+            assert line["time/calls_per_image"] == (2 + 1 + 1) * 2
             for name in (
                 "rollout/reward_mean",
                 "rollout/kl",

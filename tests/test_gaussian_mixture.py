@@ -123,7 +123,7 @@ class TestDenoiser:
                 p += 0.1
         policy(obs).mean.square().sum().backward()
         trainable = [*policy.lora_parameters(), *policy.label_embedding.parameters()]
-        assert len(trainable) == 2 * 3 * 2 + 1  # A and B of three layers of two blocks; the labels
+        assert len(trainable) == 2 * 3 + 1  # A and B of the three layers; the labels
         for name, p in policy.named_parameters():
             learns = any(p is other for other in trainable)
             assert p.requires_grad == learns, name

@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
         num_blocks: residual blocks, each told the time (and, through it, the label).
     """
 
-    def __init__(self, num_dims: int, width: int = 64, num_blocks: int = 2) -> None:
+    def __init__(self, num_dims: int, width: int = 128, num_blocks: int = 1) -> None:
         super().__init__()
         self.sinusoid = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(width, width)
