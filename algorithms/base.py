@@ -22,7 +22,7 @@ from diffrl.types import Trajectory
 class Algorithm(ABC):
     """A dataclass whose fields are its settings: constructing it is configuring it."""
 
-    updates: int = 400  # rounds of collecting and learning
+    updates: int = 280  # rounds of collecting and learning
     batch_size: int = 16  # pictures an update
     micro_batch_size: int = 16  # pictures at a time; gradients of a batch's micro-batches add up
     learning_rate: float = 3e-4  # of the LoRA weights

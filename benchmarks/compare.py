@@ -75,7 +75,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return re.sub(r"[^\w.=]+", "-", self.row) + f"-seed{self.seed}"
+        return re.sub(r"[^\w.]+", "-", self.row) + f"-seed{self.seed}"
 
 
 def suites() -> dict[str, Path]:
