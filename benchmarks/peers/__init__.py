@@ -1,0 +1,1 @@
+"""The same update by this toolkit and by others, measured side by side."""
