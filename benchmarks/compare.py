@@ -125,6 +125,10 @@ def compare(
         for row, chosen in suite.rows.items()
         for seed in range(seeds or suite.seeds)
     ]
+    first = {cell.name: cell for cell in reversed(cells)}
+    for cell in cells:
+        if first[cell.name] != cell:
+            raise DiffRLError(f"rows: {cell.row!r} and {first[cell.name].row!r} name the same folder.")
     for row in {cell.row: cell for cell in cells}.values():
         config.load(row.words)  # a mistake in the last row shows before the first is run
     folder.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,10 @@ class TestSuiteFile:
         assert "algo.gama: no such setting" in fails(capsys, *words(path))
         assert not (tmp_path / "cells").exists()
 
+    def test_two_rows_of_one_folder_are_refused(self, tmp_path, capsys):
+        path = write(tmp_path, rows={"rwr sparse": ["algo=rwr"], "rwr, sparse": ["algo=rwr"]})
+        assert "'rwr, sparse' and 'rwr sparse' name the same folder" in fails(capsys, *words(path))
+
     @pytest.mark.parametrize("name", compare.suites())
     def test_the_rows_of_every_suite_are_settings_that_train_takes(self, name):
         suite = compare.load(name)
