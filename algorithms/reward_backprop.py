@@ -3,7 +3,7 @@
 Sources: DRaFT, arXiv:2309.17400 (the last K steps; LV, re-noised last steps); AlignProp, arXiv:2310.03739
 (a random number of last steps).
 
-    DRaFT-K    algo.truncation.kind=last algo.truncation.count=K env.eta=0
+    DRaFT-K    algo.truncation.kind=last algo.truncation.count=K algo.truncation.path=network env.eta=0
     DRaFT-LV   algo.variance_samples=2 env.eta=0
     AlignProp  +experiment=alignprop
 """

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from rich import box
 from rich.table import Table
 
 from diffrl import __version__, config, run
+from diffrl.build import check
 from diffrl.errors import DiffRLError, unknown
 from diffrl.log import console, progress
 from diffrl.plot import Line, learning
@@ -43,7 +45,7 @@ class Suite:
     """What is compared, and which of its measures are shown.
 
     Raises:
-        DiffRLError: a value of the wrong form, or settings of a row that `diffrl train` would refuse.
+        DiffRLError: a value of the wrong form.
     """
 
     rows: dict[str, list[str]]  # `key=value` words of each method
@@ -60,6 +62,8 @@ class Suite:
         for row, words in self.rows.items():
             if not isinstance(words, list):
                 raise DiffRLError(f"rows: {row}: {words!r} is not a list of key=value words.")
+        if len(self.curve) > 1:
+            raise DiffRLError(f"curve: {list(self.curve)} are {len(self.curve)} measures; give one.")
         if not isinstance(self.seeds, int) or self.seeds < 1:
             raise DiffRLError(f"seeds: {self.seeds!r} must be a whole number, 1 or more.")
 
@@ -116,32 +120,38 @@ def compare(
     Args:
         suite: what to run.
         folder: holds a folder of each cell, and is made if it is not there.
-        words: further settings of every cell.
+        words: further settings of every cell; none that a row or a cell sets itself.
         seeds: instead of the suite's own number.
         jobs: cells at a time; they share the cores.
     """
+    own = {"seed", "name", "root", *(_key(word) for row in suite.rows.values() for word in row)}
+    for word in words:
+        if _key(word) in own:
+            raise DiffRLError(
+                f"{word}: the suite sets {_key(word)} itself; change it in a suite of your own."
+            )
     cells = [
         Cell(row, seed, [*suite.settings, *chosen, *words, f"seed={seed}"])
         for row, chosen in suite.rows.items()
         for seed in range(seeds or suite.seeds)
     ]
-    first = {cell.name: cell for cell in reversed(cells)}
-    for cell in cells:
-        if first[cell.name] != cell:
-            raise DiffRLError(f"rows: {cell.row!r} and {first[cell.name].row!r} name the same folder.")
-    for row in {cell.row: cell for cell in cells}.values():
-        config.load(row.words)  # a mistake in the last row shows before the first is run
+    wanted = {cell.name: _settings(cell, folder) for cell in cells}  # before an hour is spent on the first
+    if len(wanted) < len(cells):
+        names = [cell.name for cell in cells]
+        twice = [cell.row for cell in cells if names.count(cell.name) > 1]
+        raise DiffRLError(f"rows: {' and '.join(map(repr, dict.fromkeys(twice)))} name the same folder.")
+    todo = [cell for cell in cells if _finished(cell, folder, wanted[cell.name]) is None]
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [cell for cell in cells if _read(cell, folder) is None]
     if done := len(cells) - len(todo):
         console.print(f"{done} of {len(cells)} cells are done already, in {folder}")
     context = multiprocessing.get_context("forkserver")  # a server imports once, each cell is its fork
     context.set_forkserver_preload(["diffrl.run"])
     threads = max((os.cpu_count() or 1) // jobs, 1)
+    origin = provenance() | {"jobs": jobs, "threads": threads}
     with ThreadPoolExecutor(jobs) as pool, progress("cells", len(todo)) as bar:
 
         def finish(cell: Cell) -> None:
-            process = context.Process(target=_run, args=(cell, folder, threads), daemon=True)
+            process = context.Process(target=_run, args=(cell, folder, origin), daemon=True)
             process.start()
             process.join()
             if process.exitcode:
@@ -150,25 +160,40 @@ def compare(
             bar.advance(note=cell.name)
 
         list(pool.map(finish, todo))
-    return [_read(cell, folder) or {"row": cell.row, "seed": cell.seed, "failed": True} for cell in cells]
+    records = [_finished(cell, folder, wanted[cell.name]) for cell in cells]
+    return [
+        r or {"row": c.row, "seed": c.seed, "failed": True} for c, r in zip(cells, records, strict=True)
+    ]
 
 
-def _run(cell: Cell, folder: Path, threads: int) -> None:
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
+
+
+def _settings(cell: Cell, folder: Path) -> config.Config:
+    """Return what a cell trains with; mistakes of settings that contradict each other show here."""
+    settings = config.load(cell.words)
+    settings.root, settings.name = str(folder), cell.name
+    check(settings)
+    return settings
+
+
+def _run(cell: Cell, folder: Path, origin: dict[str, Any]) -> None:
     """Train one cell; what it prints, its traceback too, goes to a file beside its folder."""
     with (folder / f"{cell.name}.log").open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(origin["threads"])
     shutil.rmtree(folder / cell.name, ignore_errors=True)  # one that was stopped on its way
     begin = time.perf_counter()
-    trained = run.train(config.load([*cell.words, f"root={folder}", f"name={cell.name}"]))
+    trained = run.train(_settings(cell, folder))
     record = asdict(cell) | {
-        "command": " ".join(["diffrl train", *cell.words]),
+        "command": shlex.join(["diffrl", "train", *cell.words]),
         "minutes": (time.perf_counter() - begin) / 60,
         "points": list(_points(trained)),
     }
     unfinished = trained / (_CELL_FILE + ".tmp")
-    unfinished.write_text(json.dumps(record | provenance()))
+    unfinished.write_text(json.dumps(record | origin))
     unfinished.rename(trained / _CELL_FILE)
 
 
@@ -180,14 +205,24 @@ def _points(trained: Path) -> Iterator[dict[str, Any]]:
             yield metrics
 
 
-def _read(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """Return the record of a cell that was run with these very words by this version; else None."""
+def _finished(cell: Cell, folder: Path, wanted: config.Config) -> dict[str, Any] | None:
+    """Return the record of a cell that has run to its end; None if not, or if its record is cut short.
+
+    Raises:
+        DiffRLError: it ran to its end with other settings (defaults and presets count), or by another version.
+    """
+    path = folder / cell.name
     try:
-        record = json.loads((folder / cell.name / _CELL_FILE).read_text(encoding="utf-8"))
-        same = record["words"] == cell.words and record["version"] == __version__
-        return record if same else None
+        record = json.loads((path / _CELL_FILE).read_text(encoding="utf-8"))
+        if config.read(path / run.CONFIG_FILE) == wanted and record["version"] == __version__:
+            return record
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    except DiffRLError:
+        pass  # settings that this version does not have
+    raise DiffRLError(
+        f"{path}: a finished run of other settings or another version. Give another --root, or delete it."
+    )
 
 
 def provenance() -> dict[str, str]:
@@ -288,11 +323,20 @@ def draw(suite: Suite, records: list[dict[str, Any]]) -> Image.Image:
 
 
 def report(name: str, suite: Suite, records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """Write `<name>.json`, `<name>.md` and, if the suite has a curve, `<name>.png`; return the rows."""
+    """Write `<name>.json` and, if the suite has a curve, `<name>.png`; return the rows.
+
+    Raises:
+        DiffRLError: a column or the curve is a measure that no cell has.
+    """
     rows = summarise(name, records)
     out.mkdir(parents=True, exist_ok=True)
     stored = {"suite": name, "settings": asdict(suite), "rows": rows, "cells": records}
     (out / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-    if suite.curve and any("points" in record for record in records):
-        draw(suite, records).save(out / f"{name}.png")
+    known = {measure for row in rows for measure in row}
+    if any(row["n_seeds"] for row in rows):
+        for measure in (*suite.columns.values(), *suite.curve.values()):
+            if measure not in known:
+                raise unknown("measure", measure, [m for m in known if "/" in m])
+        if suite.curve:
+            draw(suite, records).save(out / f"{name}.png")
     return rows

@@ -41,7 +41,7 @@ class Setup:
     """
 
     def __init__(self, config: Config) -> None:
-        _check(config)
+        check(config)
         self.config = config
         self.device = _device(config.device)
         self.prompts = load_prompts(config.prompts)
@@ -147,7 +147,8 @@ def is_learned(reward: object) -> bool:
     return getattr(reward, "learned", False)
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raise DiffRLError for settings that contradict each other."""
     name, reward = settings.chosen(config, "algo"), settings.chosen(config, "reward")
     if config.algo.needs_gradient and not (is_learned(config.reward) or config.reward.differentiable):
         raise DiffRLError(

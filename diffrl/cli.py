@@ -15,7 +15,7 @@ from diffrl.errors import DiffRLError
 _EPILOG = """\
 settings are Hydra's key=value words, after 'train' or 'fit':
   diffrl train                                      ctrl on the emoji model, in minutes, on a laptop
-  diffrl train algo.gamma=20 seed=1 name=stronger   any setting by its name
+  diffrl train algo.gamma=5000 seed=1 name=strong   any setting by its name
   diffrl train +experiment=emoji_full               a preset; 'diffrl list' shows them
   diffrl train env=sd15 prompts=my_words.txt        Stable Diffusion v1.5, your prompts
 """
@@ -162,6 +162,7 @@ def _compare(options: argparse.Namespace) -> None:
             raise DiffRLError(f"--{option} {count}: must be 1 or more.")
     words = [word for word in options.words if word not in chosen]
     path = chosen[0].removeprefix("suite=")
+    console.stderr = options.json  # standard output is the records alone
     suite, name = compare.load(path), Path(path).stem
     folder = options.root / name
     records = compare.compare(suite, folder, words=words, seeds=options.seeds, jobs=options.jobs)

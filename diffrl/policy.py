@@ -143,7 +143,7 @@ class Policy(nn.Module):
         """Return the pretrained model's E[x_0|x_t] at `obs`, `[N, C, H, W]` (Tweedie's formula).
 
         Its Jacobian by x_t is sqrt(A) / (1 - A) times the covariance of x_0 given x_t: where the pretrained
-        pictures may still go, and how far.
+        pictures may still go, and how far. With guidance it is the guided prediction, which is no mean.
         """
         eps = self._guided(obs, self._no_label(obs), adapters=False)
         return self.schedule.predict_x_0(obs["latents"], eps, obs["timestep"])

@@ -40,10 +40,11 @@ def rollout(
             gradient whatever `grad_steps` says. By default every step is measured, at weight 1, with
             its gradient where `grad_steps` keeps it (CTRL's code).
         posterior_mean: E[x_0|x_t] of an observation. If given, the reward's gradient reaches each kept
-            step's x_{t-1} at once, by the Jacobian of E[x_0|x_{t-1}], and never from step to step: exact
-            where x_0 given x_{t-1} is Gaussian, of a covariance that does not depend on x_{t-1}. By default
-            it goes back through the chain, by the true derivative where a step is kept, by the derivative
-            at a constant noise prediction where it is not.
+            step's x_{t-1} at once, by the Jacobian of E[x_0|x_{t-1}], and never from step to step; a KL has
+            its gradient at a constant x_t. For the reward that is exact at eta = 1 near the reference,
+            where x_0 given x_{t-1} is Gaussian of a constant covariance; elsewhere it is an estimate whose
+            bias has no bound. By default gradients go back through the chain, by the true derivative where
+            a step is kept, by the derivative at a constant noise prediction where it is not.
     """
     steps = env.schedule.num_steps
     if isinstance(grad_steps, int):

@@ -93,7 +93,7 @@ class DDIMSchedule(nn.Module):
 
     def predict_x_0(self, x_t: Tensor, eps: Tensor, timestep: Tensor) -> Tensor:
         """Return (x_t - sqrt(1 - A) eps) / sqrt(A), `[N, C, H, W]`: DDIM's "predicted x_0", eq. 12."""
-        a = self.alpha_bar[self._index[timestep]].view((-1,) + (1,) * (x_t.dim() - 1))
+        a = self.train_alpha_bar[timestep].view((-1,) + (1,) * (x_t.dim() - 1))
         return (x_t - (1 - a).sqrt() * eps) / a.sqrt()
 
 

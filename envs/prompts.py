@@ -17,6 +17,7 @@ _EVAL_ANIMALS = "cat dog horse monkey rabbit butterfly peacock panda"
 LISTS: dict[str, tuple[str, ...]] = {
     "simple_animals": tuple(_SIMPLE_ANIMALS.split()),
     "eval_animals": tuple(_EVAL_ANIMALS.split()),
+    "none": ("",),
 }
 
 

@@ -4,6 +4,7 @@ Shapes: N pictures `[N, 3, H, W]` in [0, 1], K classes. Source: CTRL, arXiv:2406
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,7 +116,7 @@ class LogLikelihood(nn.Module):
             "report": vars(self.report),
         }
         tensors = {name: t.cpu().contiguous() for name, t in self.state_dict().items()}
-        draft = path.with_name(path.name + ".tmp")
+        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it at once
         save_file(tensors, draft, metadata={"diffrl.classifier": json.dumps(config)})
         draft.replace(path)
 

@@ -70,7 +70,7 @@ class TestSuiteFile:
 
     def test_two_rows_of_one_folder_are_refused(self, tmp_path, capsys):
         path = write(tmp_path, rows={"rwr sparse": ["algo=rwr"], "rwr, sparse": ["algo=rwr"]})
-        assert "'rwr, sparse' and 'rwr sparse' name the same folder" in fails(capsys, *words(path))
+        assert "'rwr sparse' and 'rwr, sparse' name the same folder" in fails(capsys, *words(path))
 
     @pytest.mark.parametrize("name", compare.suites())
     def test_the_rows_of_every_suite_are_settings_that_train_takes(self, name):
@@ -134,13 +134,29 @@ class TestCells:
         again = json.loads(cut.read_text())
         gap = "exact/gap_nats"
         assert [p[gap] for p in again["points"]] == [p[gap] for p in whole["points"]]
-        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [row["method"] for row in rows] == ["ctrl, gamma 1", "reward only", "crash"]
 
-    def test_other_settings_are_other_cells(self, done):
-        suite = compare.load(str(done))
-        cell = compare.Cell("ctrl, gamma 1", 1, [*suite.settings, "algo=ctrl", "seed=1"])
-        folder = done.parent / "cells" / "mine"
-        assert compare._read(cell, folder) is not None
-        changed = compare.Cell(cell.row, 1, [*cell.words, "algo.gamma=2"])
-        assert compare._read(changed, folder) is None
+    def test_a_finished_run_of_other_settings_is_not_overwritten(self, done, capsys):
+        cell = done.parent / "cells" / "mine" / "reward-only-seed0" / "cell.json"
+        before = cell.read_bytes()
+        message = fails(capsys, *words(done, "algo.max_grad_norm=2"))
+        assert "a finished run of other settings or another version. Give another --root" in message
+        assert cell.read_bytes() == before
+
+    @pytest.mark.parametrize("word", ["seed=3", "algo=ddpo", "name=x"])
+    def test_what_the_suite_sets_is_not_set_beside_it(self, done, capsys, word):
+        assert f"{word}: the suite sets {word.partition('=')[0]} itself" in fails(
+            capsys, *words(done, word)
+        )
+
+    def test_a_measure_that_no_cell_has_is_named(self, done, capsys, tmp_path):
+        stored = yaml.safe_load(done.read_text()) | {"columns": {"gap": "exact/gap_nat"}}
+        path = done.parent / "other" / "mine.yaml"
+        path.parent.mkdir()
+        path.write_text(yaml.safe_dump(stored, sort_keys=False))
+        root = str(done.parent / "cells")
+        message = fails(
+            capsys, "compare", f"suite={path}", "--root", root, "--seeds", "1", "--out", str(tmp_path)
+        )
+        assert "measure=exact/gap_nat: no such measure. Did you mean 'exact/gap_nats'?" in message

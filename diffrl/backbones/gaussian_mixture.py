@@ -6,6 +6,7 @@ Source of the mixture and the schedule: the toy model of CTRL's checks, SD v1.5'
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from typing_extensions import Self
 from diffrl.cache import cache_folder
 from diffrl.schedule import make_scheduler
 
-_FIT_VERSION = 1  # part of the cache's key: raise it when the network or its fit changes
+_FIT_VERSION = 2  # part of the cache's key: raise it when the network or its fit changes
 _FIT_STEPS = 2000  # chosen: root mean square error of eps below .01, in seconds
 _FIT_BATCH = 256
 _FIT_RATE = 5e-3
@@ -212,6 +213,6 @@ def fit(unet: Denoiser, mixture: Mixture, seed: int, num_steps: int = _FIT_STEPS
 
 def _save(unet: Denoiser, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it at once
     save_file(unet.state_dict(), draft)
     draft.replace(path)
