@@ -209,7 +209,7 @@ def _finished(cell: Cell, folder: Path, wanted: config.Config) -> dict[str, Any]
     """Return the record of a cell that has run to its end; None if not, or if its record is cut short.
 
     Raises:
-        DiffRLError: it ran to its end with other settings (defaults and presets count), or by another version.
+        DiffRLError: it ran to its end with other settings (presets count) or by another version.
     """
     path = folder / cell.name
     try:
