@@ -152,7 +152,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from diffrl.benchmarks import compare
-    from diffrl.log import console
+    from diffrl.log import console, print_wide
 
     chosen = [word for word in options.words if word.startswith("suite=")]
     if len(chosen) != 1:
@@ -171,7 +171,7 @@ def _compare(options: argparse.Namespace) -> None:
         for row in rows:
             print(json.dumps(row))
     else:
-        console.print(compare.table(suite, rows), width=max(console.width, 120), crop=False)
+        print_wide(compare.table(suite, rows))
         console.print(f"{options.out or folder}/{name}.json has every number")
     if any(row["failed"] for row in rows):
         sys.exit(1)

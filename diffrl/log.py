@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from typing_extensions import Self
@@ -25,6 +26,11 @@ from typing_extensions import Self
 from diffrl.types import to_pixels
 
 console = Console(highlight=False)
+
+
+def print_wide(table: Table) -> None:
+    """Print a table whole, however narrow the terminal: its lines may wrap, its cells are not cut."""
+    Console(width=max(console.width, 160)).print(table)
 
 
 class RunLog:

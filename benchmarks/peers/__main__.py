@@ -21,7 +21,7 @@ from rich.table import Table
 from diffrl.benchmarks.compare import provenance
 from diffrl.envs.emoji import ASSET
 from diffrl.envs.prompts import load_prompts
-from diffrl.log import console
+from diffrl.log import print_wide
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"ddpo": 0.0, "alignprop, last half": 0.5, "alignprop, full": 0.0}
@@ -126,7 +126,7 @@ def main() -> None:
             *(f"{seconds[name]:.3f}" for name in ("ours", "trl")),
             *(f"{peak[name]:.0f}" for name in ("ours", "trl")),
         )
-    console.print(table, width=max(console.width, 120), crop=False)
+    print_wide(table)
     if options.out:
         asked = {name: getattr(options, name) for name in ("rounds", "steps", "batch", "guidance")}
         options.out.write_text(json.dumps(asked | provenance() | {"results": results}, indent=1) + "\n")
