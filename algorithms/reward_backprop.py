@@ -52,15 +52,13 @@ class RewardBackprop(Pathwise):
         if not self.variance_samples:
             return super().collect(env, policy, generator)
         trajectory = rollout(env, policy, generator)
-        context, last = trajectory.context, env.schedule.timesteps[-1]
-        signal = env.schedule.alpha_bar[-1].sqrt()
-        noise = (1 - env.schedule.alpha_bar[-1]).sqrt()
-        x_0, rewards = trajectory.latents[-1], []
+        context, x_0 = trajectory.context, trajectory.latents[-1]
+        last, rewards = env.schedule.timesteps[-1].expand(len(x_0)), []
         for _ in range(self.variance_samples):
             fresh = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)
             obs: Observation = {
-                "latents": signal * x_0 + noise * fresh,
-                "timestep": last.expand(len(x_0)),
+                "latents": env.schedule.add_noise(x_0, fresh, last),
+                "timestep": last,
                 "prompt_embeds": context.prompt_embeds,
                 "label": context.label,
             }

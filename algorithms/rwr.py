@@ -114,11 +114,10 @@ class RWR(Algorithm):
     def _denoising_loss(self, batch: Trajectory, sample: Tensor, policy: Policy) -> Tensor:
         """Return the mean squared error of the predicted noise at random times, `[len(sample)]`."""
         x_0 = batch.latents[-1][sample]
-        alpha_bar = policy.schedule.train_alpha_bar
-        timestep = torch.randint(len(alpha_bar), (len(sample),)).to(x_0.device)
+        schedule = policy.schedule
+        timestep = torch.randint(len(schedule.train_alpha_bar), (len(sample),)).to(x_0.device)
         noise = torch.randn(x_0.shape).to(x_0)
-        a = alpha_bar[timestep].view(-1, *[1] * (x_0.dim() - 1))
-        noisy = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+        noisy = schedule.add_noise(x_0, noise, timestep)
         embeds, label = batch.context.prompt_embeds[sample], batch.context.label[sample]
         guided = policy.guided_eps if self.train_guidance else policy.eps
         return (guided(noisy, timestep, embeds, label) - noise).square().flatten(1).mean(1)

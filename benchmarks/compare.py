@@ -140,7 +140,8 @@ def compare(
         names = [cell.name for cell in cells]
         twice = [cell.row for cell in cells if names.count(cell.name) > 1]
         raise DiffRLError(f"rows: {' and '.join(map(repr, dict.fromkeys(twice)))} name the same folder.")
-    todo = [cell for cell in cells if _finished(cell, folder, wanted[cell.name]) is None]
+    records = {cell.name: _finished(cell, folder, wanted[cell.name]) for cell in cells}
+    todo = [cell for cell in cells if records[cell.name] is None]
     folder.mkdir(parents=True, exist_ok=True)
     if done := len(cells) - len(todo):
         console.print(f"{done} of {len(cells)} cells are done already, in {folder}")
@@ -160,10 +161,10 @@ def compare(
             bar.advance(note=cell.name)
 
         list(pool.map(finish, todo))
-    records = [_finished(cell, folder, wanted[cell.name]) for cell in cells]
-    return [
-        r or {"row": c.row, "seed": c.seed, "failed": True} for c, r in zip(cells, records, strict=True)
-    ]
+    for cell in todo:
+        failure = {"row": cell.row, "seed": cell.seed, "failed": True}
+        records[cell.name] = _finished(cell, folder, wanted[cell.name]) or failure
+    return [record for record in records.values() if record]
 
 
 def _key(word: str) -> str:

@@ -93,8 +93,16 @@ class DDIMSchedule(nn.Module):
 
     def predict_x_0(self, x_t: Tensor, eps: Tensor, timestep: Tensor) -> Tensor:
         """Return (x_t - sqrt(1 - A) eps) / sqrt(A), `[N, C, H, W]`: DDIM's "predicted x_0", eq. 12."""
-        a = self.train_alpha_bar[timestep].view((-1,) + (1,) * (x_t.dim() - 1))
+        a = self._signal(timestep, x_t)
         return (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, timestep: Tensor) -> Tensor:
+        """Return x_t = sqrt(A) x_0 + sqrt(1 - A) eps at any training timestep, `[N, C, H, W]`."""
+        a = self._signal(timestep, x_0)
+        return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+    def _signal(self, timestep: Tensor, like: Tensor) -> Tensor:
+        return self.train_alpha_bar[timestep].view((-1,) + (1,) * (like.dim() - 1))
 
 
 def make_scheduler() -> DDIMScheduler:
