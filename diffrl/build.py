@@ -82,6 +82,12 @@ class Setup:
         chosen = self.config.reward
         if not is_learned(chosen):
             return chosen
+        reward = self._learned_reward(policy, refit=refit).to(self.device)
+        reward.ceiling = chosen.ceiling
+        return reward
+
+    def _learned_reward(self, policy: Policy, *, refit: bool) -> LogLikelihood:
+        chosen = self.config.reward
         if chosen.classifier:
             reward = LogLikelihood.load(Path(chosen.classifier))
             if reward.num_classes != self.num_classes():
@@ -89,18 +95,18 @@ class Setup:
                     f"reward.classifier={chosen.classifier}: it knows {reward.num_classes[0]} classes, "
                     f"but reward.num_classes={self.num_classes()[0]}; set that to match."
                 )
-            return reward.to(self.device)
+            return reward
         path = cache_folder() / f"{self._reward_key()}.safetensors"
         if path.is_file() and not refit:
             console.print(f"classifier: from the cache, {path}")
-            return LogLikelihood.load(path).to(self.device)
+            return LogLikelihood.load(path)
         drawn = self.config.dataset is None
         images = self._draw(policy, chosen.num_pictures) if drawn else self._read_folder()
         fit_generator = torch.Generator().manual_seed(self.config.seed)
         reward = chosen.fit(images, fit_generator, from_pretrained=drawn)
         path.parent.mkdir(parents=True, exist_ok=True)
         reward.save(path)
-        return reward.to(self.device)
+        return reward
 
     def _draw(self, policy: Policy, count: int) -> Tensor:
         """Return `count` pictures of the pretrained model, uint8: CTRL's offline dataset."""
@@ -130,7 +136,9 @@ class Setup:
     def _reward_key(self) -> str:
         """Return a hash of all that decides the classifier: model, sampler, prompts, data, settings."""
         config, digest = self.config, hashlib.sha256()
-        facts = [__version__, settings.chosen(config, "reward"), asdict(config.reward), config.seed]
+        fitted = asdict(config.reward)
+        del fitted["ceiling"]  # of the reward, not of its classifier
+        facts = [__version__, settings.chosen(config, "reward"), fitted, config.seed]
         if config.dataset is None:
             env = asdict(config.env) | {"model": fingerprint(config.env.model)}
             facts += [env, self.prompts, str(self.device.type)]

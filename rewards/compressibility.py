@@ -27,6 +27,7 @@ class Compressibility:
     num_pictures: int = 2048  # drawn from the pretrained policy where there is no dataset
     features: str = "dct"  # of the classifier: dct or cnn
     classifier: str | None = None  # path of a fitted one, instead of fitting
+    ceiling: float = 1.0  # of p(y|x): the reward is log min(p, ceiling)
 
     learned: ClassVar[bool] = True
 
@@ -37,6 +38,11 @@ class Compressibility:
             self.num_classes = len(self.edges) + 1
         if self.num_classes < 2:
             raise DiffRLError(f"reward.num_classes={self.num_classes}: must be 2 or more.")
+        if not 1 / self.num_classes < self.ceiling <= 1:
+            raise DiffRLError(
+                f"reward.ceiling={self.ceiling}: must be at most 1, and more than chance, "
+                f"1/{self.num_classes}."
+            )
 
     def fit(self, images: Tensor, generator: torch.Generator, *, from_pretrained: bool) -> LogLikelihood:
         """Label `images` by their true size, fit and calibrate p(y|x), return the reward.

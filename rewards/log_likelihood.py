@@ -4,6 +4,7 @@ Shapes: N pictures `[N, 3, H, W]` in [0, 1], K classes. Source: CTRL, arXiv:2406
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ class LogLikelihood(nn.Module):
         report: of the fit.
         pretrained_log_prob: `[M, K]`, log p(y|x) on pictures of the pretrained policy that the
             classifier was not fitted to; from these comes log Z. None where the data were others.
+        ceiling: c in (0, 1]. The reward is log min(p(y|x), c): past what the classifier can tell, it asks
+            for nothing more, and the KL alone moves the picture.
     """
 
     differentiable: ClassVar[bool] = True
@@ -74,17 +77,19 @@ class LogLikelihood(nn.Module):
         edges: Tensor,
         report: FitReport,
         pretrained_log_prob: Tensor | None = None,
+        ceiling: float = 1.0,
     ) -> None:
         super().__init__()
         self.classifier = classifier.eval().requires_grad_(False)
         self.register_buffer("edges", edges)
         self.register_buffer("pretrained_log_prob", pretrained_log_prob)
         self.report = report
+        self.ceiling = ceiling
         self.num_classes: tuple[int, ...] = (classifier.num_classes,)
 
     def forward(self, images: Tensor, context: Context) -> Tensor:
-        """Return log p(y|x) in nats, `[N]`; 0 where the label is NO_LABEL."""
-        return of_label(self.classifier(images), context)
+        """Return log min(p(y|x), ceiling) in nats, `[N]`; 0 where the label is NO_LABEL."""
+        return of_label(self.classifier(images).clamp(max=math.log(self.ceiling)), context)
 
     def measure(self, images: Tensor) -> Tensor:
         """Return the true measure, JPEG size in kB, `[N]`."""
@@ -95,7 +100,7 @@ class LogLikelihood(nn.Module):
         return class_of(self.measure(images), self.edges.cpu())
 
     def log_z(self, gamma: float) -> Tensor | None:
-        """Return the Monte Carlo estimate of log E_ref[p(y|x)^gamma] for each class, `[K]`, nats.
+        """Return the Monte Carlo estimate of log E_ref[exp(gamma r)] for each class, `[K]`, nats.
 
         The expectation is over prompts too, so by Jensen it is no less than the mean of log Z(c), and
         still an upper bound of the objective averaged over prompts.
@@ -103,7 +108,8 @@ class LogLikelihood(nn.Module):
         if self.pretrained_log_prob is None:
             return None
         count = len(self.pretrained_log_prob)
-        return (gamma * self.pretrained_log_prob).logsumexp(0) - torch.tensor(float(count)).log()
+        log_prob = self.pretrained_log_prob.clamp(max=math.log(self.ceiling))
+        return (gamma * log_prob).logsumexp(0) - math.log(count)
 
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file."""
@@ -114,6 +120,7 @@ class LogLikelihood(nn.Module):
             "num_classes": self.classifier.num_classes,
             "features": features,
             "report": vars(self.report),
+            "ceiling": self.ceiling,
         }
         tensors = {name: t.cpu().contiguous() for name, t in self.state_dict().items()}
         draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it at once
@@ -130,7 +137,13 @@ class LogLikelihood(nn.Module):
         config, tensors = _read(path)
         classifier = Classifier(config["num_classes"], config["features"])
         report = config["report"] | {"class_counts": tuple(config["report"]["class_counts"])}
-        reward = cls(classifier, tensors["edges"], FitReport(**report), tensors.get("pretrained_log_prob"))
+        reward = cls(
+            classifier,
+            tensors["edges"],
+            FitReport(**report),
+            tensors.get("pretrained_log_prob"),
+            config.get("ceiling", 1.0),  # a file from before there was one
+        )
         reward.load_state_dict(tensors)
         return reward
 

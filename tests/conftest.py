@@ -93,6 +93,12 @@ def emoji() -> StableDiffusion:
     return StableDiffusion.load(str(ASSET))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_session(tmp_path_factory):
+    """For fixtures that live longer than a test: never the user's own."""
+    os.environ["DIFFRL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DIFFRL_CACHE", str(tmp_path_factory.mktemp("cache")))

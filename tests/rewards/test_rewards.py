@@ -197,6 +197,30 @@ class TestLogLikelihood:
         expected = [(0.25 + 0.01) / 2, (0.0625 + 0.04) / 2, (0.0625 + 0.49) / 2]
         assert_close(reward.log_z(2.0).exp(), expected, atol=1e-6)
 
+    def test_above_the_ceiling_a_picture_has_no_gradient_and_no_more_reward(self):
+        reward, images = self.reward(), pictures(40)
+        log_p = reward.classifier(images)[:, 1]
+        reward.ceiling = float(log_p.median().exp())
+        above = log_p > math.log(reward.ceiling)
+        assert 0 < int(above.sum()) < 40
+        images.requires_grad_(True)
+        value = reward(images, context([1] * 40))
+        assert_close(value.detach(), log_p.clamp(max=math.log(reward.ceiling)), atol=1e-6)
+        (gradient,) = torch.autograd.grad(value.sum(), images)
+        assert (gradient.flatten(1).any(1) == ~above).all()
+
+    def test_log_z_is_of_the_reward_under_its_ceiling(self):
+        reward = self.reward()
+        reward.pretrained_log_prob = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
+        reward.ceiling = 0.4
+        expected = [(0.16 + 0.01) / 2, (0.0625 + 0.04) / 2, (0.0625 + 0.16) / 2]
+        assert_close(reward.log_z(2.0).exp(), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("ceiling", [0.25, 1.01, -1.0])
+    def test_a_ceiling_at_chance_or_above_one_is_refused(self, ceiling):
+        with pytest.raises(DiffRLError, match=rf"ceiling={ceiling}: must be at most 1"):
+            Compressibility(ceiling=ceiling)
+
     def test_true_class_is_by_the_measure_not_the_classifier(self):
         reward, images = self.reward(), pictures(30)
         expected = class_of(jpeg_kilobytes(images), reward.edges)
@@ -206,6 +230,7 @@ class TestLogLikelihood:
 
     def test_saving_and_loading_gives_the_same_reward(self, tmp_path):
         reward, images = self.reward(), pictures(6)
+        reward.ceiling = 0.5
         reward.save(tmp_path / "c.safetensors")
         loaded = LogLikelihood.load(tmp_path / "c.safetensors")
         label = context([0, 1, 2, 2, 1, 0])
