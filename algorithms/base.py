@@ -30,6 +30,7 @@ class Algorithm(ABC):
     weight_decay: float = 1e-4
     max_grad_norm: float = 5.0  # of LoRA and embedding jointly
     decay: str = "linear"  # of both learning rates, to 0 after `updates`: linear or constant
+    average: float = 0.0  # the last share of the updates whose weights' mean is the result; 0: the last's
 
     needs_gradient: ClassVar[bool]
     needs_noise: ClassVar[bool]  # eta > 0: a log-probability or a KL is asked for
@@ -47,6 +48,8 @@ class Algorithm(ABC):
             if not getattr(self, name) > 0:
                 raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be positive.")
         check_choice("algo.decay", self.decay, ("linear", "constant"))
+        if not 0 <= self.average <= 1:
+            raise DiffRLError(f"algo.average={self.average}: must be between 0 and 1.")
 
     @property
     def target_gamma(self) -> float | None:
@@ -71,7 +74,7 @@ class Algorithm(ABC):
         """Return AdamW over the trainable parameters, LoRA and embedding each at its own rate."""
         groups = [
             {"params": policy.lora_parameters(), "lr": self.learning_rate},
-            {"params": list(policy.label_embedding.parameters()), "lr": self.embedding_learning_rate},
+            {"params": policy.embedding_parameters(), "lr": self.embedding_learning_rate},
         ]
         return AdamW(groups, weight_decay=self.weight_decay)
 
@@ -79,9 +82,13 @@ class Algorithm(ABC):
         """Return the factor on both learning rates at an update, counted from 0."""
         return 1.0 if self.decay == "constant" else 1 - update / self.updates
 
+    def averaged(self, update: int) -> bool:
+        """Return whether the weights after an update, counted from 0, belong to the mean."""
+        return update >= (1 - self.average) * self.updates
+
     def step(self, policy: Policy, optimizer: Optimizer) -> dict[str, float]:
         """Clip the gradients, step the optimiser, and return the norms before clipping."""
-        lora, embedding = policy.lora_parameters(), list(policy.label_embedding.parameters())
+        lora, embedding = policy.lora_parameters(), policy.embedding_parameters()
         norms = {
             "train/grad_norm_lora": nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None]),
             "train/grad_norm_embedding": nn.utils.get_total_norm(

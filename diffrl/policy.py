@@ -119,6 +119,10 @@ class Policy(nn.Module):
         """Return the adapters' weights."""
         return [p for name, p in self.unet.named_parameters() if "lora_" in name]
 
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """Return the label embedding's weights, a table for each attribute."""
+        return list(self.label_embedding.parameters())
+
     def forward(self, obs: Observation) -> Independent:
         """Return the law of x_{t-1} at `obs`, event shape [C, H, W].
 

@@ -14,6 +14,7 @@ import torch
 
 from diffrl import checkpoint
 from diffrl import config as settings
+from diffrl.algorithms.averaging import WeightAverage
 from diffrl.build import Setup, is_learned
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
@@ -74,6 +75,7 @@ class Run:
         algo = self.config.algo
         optimizer = algo.make_optimizer(self.policy)
         base = [group["lr"] for group in optimizer.param_groups]
+        average = WeightAverage(self.policy.lora_parameters() + self.policy.embedding_parameters())
         self._evaluate(0, self.config.eval_pictures)
         with progress(settings.chosen(self.config, "algo"), algo.updates) as bar:
             for update in range(algo.updates):
@@ -82,6 +84,8 @@ class Run:
                 begin, calls = time.perf_counter(), self.policy.num_calls
                 hits: list[torch.Tensor] = []
                 metrics = algo.update(self._collect(hits), self.policy, optimizer)
+                if algo.averaged(update):
+                    average.add()
                 if hits:
                     metrics["rollout/accuracy"] = float(torch.cat(hits).float().mean())
                 seconds, calls = time.perf_counter() - begin, self.policy.num_calls - calls
@@ -97,6 +101,7 @@ class Run:
                 bar.advance(note=_note(metrics))
                 if (update + 1) % self.config.eval_every == 0 and update + 1 < algo.updates:
                     self._evaluate(update + 1, self.config.eval_pictures)
+        average.apply()
         self._evaluate(algo.updates, 4 * self.config.eval_pictures)
 
     def _collect(self, hits: list[torch.Tensor]) -> Iterator[Trajectory]:
@@ -110,6 +115,7 @@ class Run:
             yield trajectory
 
     def _evaluate(self, update: int, num_pictures: int) -> None:
+        checkpoint.save(self.policy, self.log.folder)  # a killed run keeps what is measured here
         if self.mixture is not None:
             self.log.write(update, self.mixture.report(update, self.log) | self.spent)
             return

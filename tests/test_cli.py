@@ -6,9 +6,14 @@ import subprocess
 import sys
 
 import pytest
+from conftest import assert_close
 from PIL import Image
+from safetensors.torch import load_file
 
+from diffrl.algorithms.ctrl import CTRL
+from diffrl.checkpoint import CONTROL_FILE, LORA_FILE
 from diffrl.cli import main
+from diffrl.run import restore
 
 FAST = [
     "env.num_steps=2",
@@ -92,8 +97,9 @@ class TestTrain:
         updates = [line for line in lines if "train/loss" in line]
         assert [line["update"] for line in updates] == [1, 2]
         for line in updates:
-            # two steps of the policy, one of the reference and one posterior mean, each with guidance
-            assert line["time/calls_per_image"] == (2 + 1 + 1) * 2
+            # two steps of the policy and, for both halves of the KL, of the reference; one posterior mean;
+            # each with guidance
+            assert line["time/calls_per_image"] == (2 + 2 + 1) * 2
             for name in (
                 "rollout/reward_mean",
                 "rollout/kl",
@@ -117,11 +123,36 @@ class TestTrain:
         assert "drawing the offline dataset" in capsys.readouterr().out
         assert main([*command, "name=b"]) == 0
         assert "from the cache" in capsys.readouterr().out
+        assert main([*command, "name=c", "reward.ceiling=0.9", "algo.updates=1"]) == 0
+        assert "from the cache" in capsys.readouterr().out  # a ceiling is no part of the fit
+        assert restore(tmp_path / "c", {})[2].ceiling == 0.9
         weights = [
             (folder / "pytorch_lora_weights.safetensors").read_bytes()
             for folder in (run, tmp_path / "a", tmp_path / "b")
         ]
         assert weights[0] == weights[1] == weights[2]
+
+    def test_the_result_is_the_mean_of_the_last_updates_weights(self, tiny_path, tmp_path):
+        command = ["train", f"env.model={tiny_path}", f"root={tmp_path}", *FAST, "algo.decay=constant"]
+        settings = {"one": "algo.updates=1", "two": "algo.updates=2", "mean": "algo.average=1"}
+        found = []
+        for name, word in settings.items():
+            assert main([*command, f"name={name}", word]) == 0
+            weights = [load_file(tmp_path / name / file) for file in (LORA_FILE, CONTROL_FILE)]
+            found.append(weights[0] | weights[1])
+        one, two, mean = found
+        for key, value in mean.items():
+            assert_close(value, (one[key] + two[key]) / 2, atol=1e-7)
+        assert any((one[key] - two[key]).abs().max() > 1e-4 for key in mean)
+
+    def test_a_killed_run_keeps_what_its_last_evaluation_measured(self, tiny_path, tmp_path, monkeypatch):
+        files = [tmp_path / "a" / name for name in (LORA_FILE, CONTROL_FILE)]
+        monkeypatch.setattr(
+            CTRL, "update", lambda *_: sys.exit(0 if all(f.is_file() for f in files) else 9)
+        )
+        with pytest.raises(SystemExit) as stop:
+            main(["train", f"env.model={tiny_path}", f"root={tmp_path}", "name=a", *FAST])
+        assert stop.value.code == 0
 
     def test_an_existing_run_is_left_alone(self, run, tiny_path, capsys):
         before = (run / "metrics.jsonl").read_bytes()

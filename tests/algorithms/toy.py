@@ -22,10 +22,12 @@ class ToyPolicy(nn.Module):
         super().__init__()
         self.schedule = DDIMSchedule(make_scheduler(), num_steps, 1.0).double()
         self.theta = nn.Parameter(torch.linspace(-0.2, 0.3, num_labels, dtype=torch.float64))
-        self.label_embedding = nn.Module()
 
     def lora_parameters(self):
         return [self.theta]
+
+    def embedding_parameters(self):
+        return []
 
     def _law(self, obs, theta):
         signal = self.schedule.train_alpha_bar[obs["timestep"]].view(-1, 1, 1, 1)
