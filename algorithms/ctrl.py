@@ -24,13 +24,13 @@ class CTRL(Pathwise):
     `kl_reduction=mean` reproduces it, and makes gamma d times as strong. The loss is -J / gamma, so that
     the gradient's size, and its clipping, do not depend on gamma.
 
-    By default the gradient is another as well: `truncation` keeps `count` steps of a window and does not
-    weigh them up to all T, so that gamma pulls by count / window of its value, and it leaves the chain.
+    By default the gradient is another as well: `truncation` keeps `count` steps, weighed up to those of its
+    window; the reward has none at the steps after it, and it reaches the kept ones past the chain.
     `+experiment=ctrl_paper` has the published gradient, `truncation.kind=fixed truncation.path=network
     kl_steps=null` that of J itself.
     """
 
-    gamma: float = 1_500.0  # chosen on emoji; the paper's 10, with its mean KL, is as strong as 10 d
+    gamma: float = 750.0  # chosen on emoji; the paper's 10, with its mean KL, is as strong as 10 d
 
     needs_noise: ClassVar[bool] = True
 

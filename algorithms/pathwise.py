@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from diffrl.algorithms.base import Algorithm, check_choice
@@ -22,11 +23,17 @@ from diffrl.types import Trajectory
 
 @dataclass
 class Pathwise(Algorithm):
-    """Maximise E[r(x_0, c, y) - w sum_t KL(p_theta || p_ref)] by its pathwise gradient."""
+    """Maximise E[r(x_0, c, y) - w sum_t KL(p_theta || p_ref)] by its pathwise gradient.
+
+    With `kl_steps`, the KL is estimated without bias, in value and gradient: each kept step's over the
+    chance of its being kept, and `kl_steps` of those that `truncation` never keeps. With null it is
+    measured at every step, and has a gradient at the kept ones alone (CTRL's code).
+    """
 
     learning_rate: float = 1e-3  # of the LoRA weights
     kl_reduction: str = "sum"  # over latent dims: sum (nats) or mean (CTRL's code)
-    kl_steps: int | None = 1  # steps, drawn by their share of the KL, that estimate it; null: all
+    max_grad_norm: float = 10.0  # chosen on emoji, where few updates pass it
+    kl_steps: int | None = 1  # that stand for the steps never kept in the KL's estimate; null: see below
     truncation: Truncation = field(default_factory=Truncation)
 
     needs_gradient: ClassVar[bool] = True
@@ -36,6 +43,12 @@ class Pathwise(Algorithm):
         check_choice("algo.kl_reduction", self.kl_reduction, ("sum", "mean"))
         if self.kl_steps is not None and self.kl_steps < 1:
             raise DiffRLError(f"algo.kl_steps={self.kl_steps}: must be 1 or more, or null for all.")
+        if self.kl_weight and self.kl_steps is not None and self.truncation.chances(1) is None:
+            raise DiffRLError(
+                f"algo.kl_steps={self.kl_steps} algo.truncation.kind={self.truncation.kind}: a KL from "
+                "some steps needs each one's chance of being kept, and here K is random. Use "
+                "algo.kl_steps=null, or algo.truncation.kind=fixed, last or subset."
+            )
 
     @property
     @abstractmethod
@@ -49,23 +62,42 @@ class Pathwise(Algorithm):
 
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
         """Return one micro-batch, with the graph of the steps that truncation keeps."""
-        schedule = env.schedule
+        posterior_mean = None  # through the chain
+        if self.truncation.path == "posterior_mean":
+            posterior_mean = policy.posterior_mean
+        elif self.truncation.path == "normal":
+            posterior_mean = env.schedule.normal_mean
+        kept = self.truncation.kept(env.schedule.num_steps, generator)
+        chances = self.truncation.chances(env.schedule.num_steps)
+        factors: list[float] = [float(keep) for keep in kept]
+        if chances is not None:
+            factors = [keep / chance if keep else 0.0 for keep, chance in zip(kept, chances, strict=True)]
         weights = None
         if self.kl_weight and self.kl_steps is not None:
-            # importance sampling: kappa is a step's share of the KL if |eps - eps_ref| is alike at all
-            share = (schedule.kappa / schedule.kappa.sum()).to(generator.device)
-            drawn = share.multinomial(self.kl_steps, replacement=True, generator=generator)
-            times = drawn.bincount(minlength=schedule.num_steps)
-            weights = (times / (self.kl_steps * share)).tolist()
+            assert chances is not None
+            weights = self._kl_of_others(env.schedule.kappa, chances, generator)
+            weights = [factor + weight for factor, weight in zip(factors, weights, strict=True)]
         return rollout(
             env,
             policy,
             generator,
             reference=policy.reference if self.kl_weight else None,
-            grad_steps=self.truncation.kept(schedule.num_steps, generator),
+            grad_steps=kept if posterior_mean is None else factors,
             kl_weights=weights,
-            posterior_mean=policy.posterior_mean if self.truncation.path == "posterior_mean" else None,
+            posterior_mean=posterior_mean,
         )
+
+    def _kl_of_others(self, kappa: Tensor, chances: list[float], generator: torch.Generator) -> list[float]:
+        """Return weights on the KL of `kl_steps` steps that are never kept, 0 for the others."""
+        # importance sampling: kappa is a step's share of the KL if |eps - eps_ref| is alike at all
+        share = kappa.to(generator.device) * torch.tensor([c == 0 for c in chances]).to(generator.device)
+        if not share.any():
+            return [0.0] * len(chances)
+        assert self.kl_steps is not None
+        share = share / share.sum()
+        times = share.multinomial(self.kl_steps, replacement=True, generator=generator)
+        times = times.bincount(minlength=len(share))
+        return torch.where(times > 0, times / (self.kl_steps * share), 0.0).tolist()
 
     def update(
         self, trajectories: Iterable[Trajectory], policy: Policy, optimizer: Optimizer

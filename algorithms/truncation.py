@@ -3,9 +3,9 @@
 Step i = 0, ..., T-1 is kept if i >= K: K first steps are cut. Sources: AlignProp, arXiv:2310.03739,
 section 4 (K once a trajectory); the code of CTRL (a new K at every step). The product of the network's
 Jacobians over many steps explodes, so by default nothing runs through the chain: a random subset of steps
-is kept, and x_0's gradient reaches each of them at once, by the Jacobian of the pretrained E[x_0|x_{t-1}].
-Gradients that leave the Jacobians out altogether are DRTune's, arXiv:2405.00760; ours keeps one of them,
-which turns the picture's gradient into a direction in which pretrained pictures vary.
+is kept, and x_0's gradient reaches each of them at once, by the Jacobian of E[x_0|x_{t-1}]: the pretrained
+model's, which turns the gradient into a direction in which pretrained pictures vary, or that of latents of
+law N(0, I), a number a step and free. Leaving the Jacobians out altogether is DRTune's, arXiv:2405.00760.
 """
 
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ class Truncation:
     )
     std: float = 5.0
     count: int = 4  # of the kinds last and subset
-    path: str = "posterior_mean"  # of the gradient, x_0 to a kept step: at once, or network: by the chain
+    path: str = "posterior_mean"  # x_0's gradient to a kept step; or normal, or network: by the chain
 
     def __post_init__(self) -> None:
         check_choice("algo.truncation.kind", self.kind, ("fixed", "uniform", "gaussian", "last", "subset"))
         check_choice("algo.truncation.draw", self.draw, ("trajectory", "step"))
-        check_choice("algo.truncation.path", self.path, ("network", "posterior_mean"))
+        check_choice("algo.truncation.path", self.path, ("network", "posterior_mean", "normal"))
         if self.count < 1:
             raise DiffRLError(f"algo.truncation.count={self.count}: must be 1 or more.")
         if self.low < 0 or (self.high is not None and self.high < self.low):
@@ -60,6 +60,22 @@ class Truncation:
             kept[-1] = True
         return kept
 
+    def chances(self, num_steps: int) -> list[float] | None:
+        """Return each step's chance of being kept; None where K is random."""
+        if self.kind in ("uniform", "gaussian"):
+            return None
+        if self.kind == "subset":
+            first, stop = self._window(num_steps)
+            inside = min(self.count / (stop - first), 1.0)
+            return [inside if first <= i < stop else 0.0 for i in range(num_steps)]
+        first = self.low if self.kind == "fixed" else num_steps - self.count
+        return [float(i >= first) for i in range(num_steps)]
+
+    def _window(self, num_steps: int) -> tuple[int, int]:
+        """Return where the steps that a subset is drawn from begin and stop."""
+        last = max(4 * num_steps // 5 - 1, self.low) if self.high is None else min(self.high, num_steps - 1)
+        return self.low, last + 1
+
     def _cut(self, num_steps: int, generator: torch.Generator) -> int:
         """Return K."""
         high = num_steps - 1 if self.high is None else self.high
@@ -78,7 +94,7 @@ class Truncation:
         )
 
     def _subset(self, num_steps: int, generator: torch.Generator) -> list[bool]:
-        last = max(4 * num_steps // 5 - 1, self.low) if self.high is None else min(self.high, num_steps - 1)
-        window = torch.randperm(last + 1 - self.low, generator=generator, device=generator.device)
-        chosen = {self.low + i for i in window[: self.count].tolist()}
+        first, stop = self._window(num_steps)
+        window = torch.randperm(stop - first, generator=generator, device=generator.device)
+        chosen = {first + i for i in window[: self.count].tolist()}
         return [i in chosen for i in range(num_steps)]

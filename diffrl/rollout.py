@@ -20,7 +20,7 @@ def rollout(
     generator: torch.Generator,
     *,
     reference: Callable[[Observation], Independent] | None = None,
-    grad_steps: int | Sequence[bool] = 0,
+    grad_steps: int | Sequence[float] = 0,
     kl_weights: Sequence[float] | None = None,
     posterior_mean: Callable[[Observation], Tensor] | None = None,
     seed: int | None = None,
@@ -34,8 +34,9 @@ def rollout(
         generator: of the actor's noise.
         reference: the law to measure each step's KL against, usually `policy.reference`.
         grad_steps: how many of the last steps keep the gradient of the network's output: 0 is black
-            box, T all. Or a bool for each step: where False, the noise prediction counts as a constant
-            (AlignProp's and CTRL's truncation).
+            box, T all. Or a number for each step: where 0, the noise prediction counts as a constant
+            (AlignProp's and CTRL's truncation); elsewhere 1, or along `posterior_mean` a factor on the
+            reward's gradient there.
         kl_weights: a factor on each step's KL, 0 to leave it unmeasured. A measured step has its KL's
             gradient whatever `grad_steps` says. By default every step is measured, at weight 1, with
             its gradient where `grad_steps` keeps it (CTRL's code).
@@ -54,8 +55,9 @@ def rollout(
     actor.begin(obs)
     latents, log_probs, kls, log_ratios = [obs["latents"].detach()], [], [], []
     reward = info = None
-    shortcuts: list[Tensor] = []  # from kept actions to x_0: zero, but for the gradient
-    for i, keep in enumerate(grad_steps):
+    shortcuts: list[Tensor] = []  # from kept actions to x_0
+    for i, factor in enumerate(grad_steps):
+        keep = factor > 0
         x_t = obs["latents"]
         seen: Observation = obs if posterior_mean is None else {**obs, "latents": x_t.detach()}
         weight = 1.0 if kl_weights is None else kl_weights[i]
@@ -63,13 +65,16 @@ def rollout(
         with torch.set_grad_enabled(keep or (measured and kl_weights is not None)):
             step = actor.act(seen, generator)
             if reference is not None and measured and step.distribution is not None:
-                other = reference(seen)
+                # frozen: at a constant x_t it is a constant
+                with torch.set_grad_enabled(torch.is_grad_enabled() and seen["latents"].requires_grad):
+                    other = reference(seen)
                 kls.append(weight * kl_divergence(step.distribution, other))
         prev_sample = step.prev_sample if keep else step.prev_sample.detach()
         if posterior_mean is not None and i == steps - 1:
-            prev_sample = sum(shortcuts, prev_sample)
+            shortcuts.append(_gradient_alone(factor, prev_sample))
+            prev_sample = sum(shortcuts, prev_sample.detach())
         elif posterior_mean is None and x_t.requires_grad and not keep:
-            prev_sample = prev_sample + env.schedule.x_gain[i] * (x_t - x_t.detach())
+            prev_sample = prev_sample + _gradient_alone(env.schedule.x_gain[i], x_t)
         if step.distribution is not None:
             with torch.no_grad():
                 log_probs.append(step.distribution.log_prob(step.prev_sample))
@@ -78,8 +83,7 @@ def rollout(
         with torch.set_grad_enabled(wanted):
             obs, reward, _, _, info = env.step(prev_sample)
             if posterior_mean is not None and keep and i < steps - 1:
-                x_0 = posterior_mean(obs)
-                shortcuts.append(x_0 - x_0.detach())
+                shortcuts.append(_gradient_alone(factor, posterior_mean(obs)))
         latents.append(obs["latents"].detach())
     assert reward is not None
     assert info is not None
@@ -93,3 +97,8 @@ def rollout(
         images=info["images"].detach(),
         context=env.context,
     )
+
+
+def _gradient_alone(factor: Tensor | float, x: Tensor) -> Tensor:
+    """Return zero, whose gradient is `factor` times that of x."""
+    return factor * (x - x.detach())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from diffrl.errors import DiffRLError
+from diffrl.types import Observation
 
 
 class DDIMSchedule(nn.Module):
@@ -95,6 +96,10 @@ class DDIMSchedule(nn.Module):
         """Return (x_t - sqrt(1 - A) eps) / sqrt(A), `[N, C, H, W]`: DDIM's "predicted x_0", eq. 12."""
         a = self._signal(timestep, x_t)
         return (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+
+    def normal_mean(self, obs: Observation) -> Tensor:
+        """Return E[x_0|x_t] of latents of law N(0, I), sqrt(A) x_t, `[N, C, H, W]`."""
+        return self._signal(obs["timestep"], obs["latents"]).sqrt() * obs["latents"]
 
     def add_noise(self, x_0: Tensor, eps: Tensor, timestep: Tensor) -> Tensor:
         """Return x_t = sqrt(A) x_0 + sqrt(1 - A) eps at any training timestep, `[N, C, H, W]`."""

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from conftest import assert_close
@@ -126,6 +128,30 @@ def test_kl_from_one_random_step_is_unbiased_in_value_and_gradient(tiny):
     assert_close(torch.stack(single).sum(0), kl_and_gradient(None), atol=1e-12, rtol=1e-8)
 
 
+def test_the_default_estimate_is_unbiased_over_the_subset_of_kept_steps(tiny):
+    """The mean over all six pairs of the window's four steps is the whole window's, value and gradient."""
+    policy, env = make(tiny, num_steps=5)
+
+    def value_and_gradient(kept):
+        algorithm = CTRL(gamma=3.0, truncation=Truncation(count=len(kept)))
+        algorithm.truncation.kept = lambda *_: [i in kept for i in range(5)]
+        env.reset(seed=5)
+        trajectory = algorithm.collect(env, policy, torch.Generator().manual_seed(5))
+        kl = trajectory.kl.sum(0).mean()
+        assert len(trajectory.kl) == len(kept) + 1  # and the step that is never kept
+        gradient = torch.autograd.grad((trajectory.reward - kl / 3).sum(), policy.lora_parameters())
+        return torch.cat([kl.detach()[None], *(g.flatten() for g in gradient)])
+
+    pairs = [value_and_gradient(pair) for pair in itertools.combinations(range(4), 2)]
+    assert_close(torch.stack(pairs).mean(0), value_and_gradient(range(4)), atol=1e-12, rtol=1e-8)
+
+
+def test_a_kl_from_some_steps_needs_kept_steps_of_a_known_chance():
+    with pytest.raises(DiffRLError, match=r"kl_steps=1 algo\.truncation\.kind=uniform: .*kl_steps=null"):
+        CTRL(truncation=Truncation(kind="uniform"))
+    CTRL(truncation=Truncation(kind="uniform"), kl_steps=None)
+
+
 def test_a_step_measured_for_its_kl_alone_gives_the_reward_no_gradient(tiny):
     policy, env = make(tiny)
     gradients = []
@@ -161,9 +187,8 @@ def test_the_posterior_means_jacobian_is_the_true_gradient_for_gaussian_latents(
             return ActorStep(draw(law, generator), law)
 
     def posterior_mean(obs):
-        a = schedule.train_alpha_bar[obs["timestep"]].view(-1, 1, 1, 1)
         # the chain stops at the first timestep's signal, a little short of 1
-        return (a / schedule.alpha_bar_prev[-1]).sqrt() * obs["latents"]
+        return schedule.normal_mean(obs) / schedule.alpha_bar_prev[-1].sqrt()
 
     def gradient(mean):
         trajectory = rollout(
@@ -317,9 +342,11 @@ class TestTruncation:
     def test_fixed_cuts_the_first_low_steps(self):
         kept = Truncation(kind="fixed", low=7).kept(10, torch.Generator())
         assert kept == [False] * 7 + [True] * 3
+        assert Truncation(kind="fixed", low=7).chances(10) == kept
 
     def test_last_keeps_so_many_last_steps(self):
-        assert Truncation(kind="last", count=3).kept(10, torch.Generator()) == [False] * 7 + [True] * 3
+        last = Truncation(kind="last", count=3)
+        assert last.kept(10, torch.Generator()) == last.chances(10) == [False] * 7 + [True] * 3
 
     def test_gaussian_cuts_follow_alignprop_s_law_within_bounds(self):
         # K is round(N(42, 5^2)) given 1 <= K <= 49; its mean by the same law on a fine grid
@@ -338,7 +365,10 @@ class TestTruncation:
     def test_a_subset_keeps_so_many_steps_each_equally_often(self):
         kept = self.count(Truncation(kind="subset", count=2, low=1, high=5))
         assert (kept.sum(1) == 2).all()
-        assert_close(kept.mean(0), [0, 0.4, 0.4, 0.4, 0.4, 0.4, 0, 0, 0, 0], atol=0.03)
+        chances = Truncation(kind="subset", count=2, low=1, high=5).chances(10)
+        assert chances == [0, 0.4, 0.4, 0.4, 0.4, 0.4, 0, 0, 0, 0]
+        assert_close(kept.mean(0), chances, atol=0.03)
+        assert Truncation(kind="subset", count=9).chances(5) == [1, 1, 1, 1, 0]
 
     def test_a_subset_comes_from_the_first_four_fifths_unless_told(self):
         assert_close(self.count(Truncation(kind="subset")).mean(0), [4 / 8] * 8 + [0] * 2, atol=0.03)
