@@ -2,14 +2,17 @@
 
 Each of the chain's T steps is a Gaussian kernel, so on a grid it is a matrix, and every expectation a
 product of matrices: no sampling noise anywhere. The kernels are the network's own, so the discretisation
-of time and the errors of its fit are part of the model, not of the answer.
+of time and the errors of its fit are part of the model, not of the answer. A step reaches few points, so of
+each matrix only a band is kept.
 
-Shapes: n grid points, T steps, K labels. All tensors here are float64; laws are masses that sum to 1.
+Shapes: n grid points, T steps, K labels, W points of a band. All tensors here are float64; laws are masses
+that sum to 1.
 Source: CTRL, arXiv:2406.12120, section 4 for the objective; its maximiser is Doob's h-transform.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +23,27 @@ from diffrl.schedule import DDIMSchedule
 from diffrl.types import NO_LABEL, Observation
 
 _POINTS_PER_SIGMA = 1.5  # a sum over the grid is then a Gaussian's integral to exp(-2 pi^2 1.5^2): rounding
-_MOST_POINTS = 4001  # chosen: a matrix of 128 MB
+_MOST_POINTS = 4001  # chosen: a matrix of 128 MB, should a band be that wide
+_REACH = 9.0  # sigmas to either side that a kernel keeps: beyond lies 2e-19, less than rounding
 
 Law = Callable[[Observation], Independent]
 """What gives the law of x_{t-1} at a state: `policy`, `policy.reference`, or a closed form."""
+
+
+class Kernel(NamedTuple):
+    """The transition matrix of one step, from rows to columns; what is not kept is 0."""
+
+    columns: Tensor  # indices of the points each row reaches, [n, W]
+    log_prob: Tensor  # rows sum to 1, [n, W]
+
+    def expect(self, values: Tensor) -> Tensor:
+        """Return each row's E[value after the step], `[..., n]` of `[..., n]`."""
+        return (self.log_prob.exp() * values[..., self.columns]).sum(-1)
+
+    def push(self, law: Tensor, log_tilt: Tensor | float = 0.0) -> Tensor:
+        """Return the law after the step, `[n]`; its probabilities times exp(log_tilt), `[n, W]`."""
+        mass = law[:, None] * (self.log_prob + log_tilt).exp()
+        return torch.zeros_like(law).index_add_(0, self.columns.flatten(), mass.flatten())
 
 
 @dataclass(frozen=True)
@@ -85,20 +105,20 @@ class ExactSolver:
 
         values = [gamma * self.log_prob]
         for i in reversed(range(self.num_steps)):
-            kernel = self.log_kernel(self.reference_means[i], i)
-            values.append(torch.stack([(kernel + v).logsumexp(1) for v in values[-1]]))
+            kernel = self.kernel(self.reference_means[i], i, _slope(values[-1], self.points))
+            values.append((kernel.log_prob + values[-1][:, kernel.columns]).logsumexp(2))
         self.values = torch.stack(values[::-1])
         self.best = self.values[0] @ self.start
         self.best_gaussian = self._best_gaussian()
         law = self.start
         optimal = self.start.expand(len(self.log_prob), -1)
         for i in range(self.num_steps):
-            kernel = self.log_kernel(self.reference_means[i], i)
-            law = law @ kernel.exp()
             before, after = self.values[i], self.values[i + 1]
+            kernel = self.kernel(self.reference_means[i], i, _slope(after, self.points))
+            law = kernel.push(law)
             # the soft-optimal kernel; formed as one exponent, so that nothing under- or overflows
-            tilted = ((kernel + v_0 - v_1[:, None]).exp() for v_1, v_0 in zip(before, after, strict=True))
-            optimal = torch.stack([q @ k for q, k in zip(optimal, tilted, strict=True)])
+            tilts = after[:, kernel.columns] - before[:, :, None]
+            optimal = torch.stack([kernel.push(q, tilt) for q, tilt in zip(optimal, tilts, strict=True)])
         self.prior, self.attainable = law, optimal
         joint = law.log() + self.values[-1]
         self.log_z = joint.logsumexp(1)
@@ -119,7 +139,7 @@ class ExactSolver:
                 shift = (mean - self.reference_means[i]) / self.sigma[i]
                 kl = kl + law @ shift.square() / 2
                 off_grid += float(law @ self._outside(mean, i))
-                law = law @ self.log_kernel(mean, i).exp()
+                law = self.kernel(mean, i).push(law)
             laws.append(law)
             kls.append(kl)
         law, kl = torch.stack(laws), torch.stack(kls)
@@ -139,19 +159,32 @@ class ExactSolver:
         """Return the best objective with Gaussian steps, by dynamic programming over their means."""
         values = self.values[-1]
         for i in reversed(range(self.num_steps)):
-            expected = values @ self.log_kernel(self.points, i).exp().T  # by mean, on the same grid
-            cost = ((self.points - self.reference_means[i][:, None]) / self.sigma[i]).square() / 2
-            values = torch.stack([_peak(future - cost) for future in expected])
+            slope = _slope(values, self.points)
+            future = self.kernel(self.points, i).expect(values)  # by mean, on the same grid
+            near = self.kernel(self.reference_means[i], i, slope).columns  # the best mean is one of these
+            cost = ((self.points[near] - self.reference_means[i][:, None]) / self.sigma[i]).square() / 2
+            values = torch.stack([_peak(future_of_label[near] - cost) for future_of_label in future])
         return values @ self.start
 
-    def log_kernel(self, mean: Tensor, i: int) -> Tensor:
-        """Return the log transition matrix of step `i`, `[n, n]`: from the rows' points to the columns'.
+    def kernel(self, mean: Tensor, i: int, slope: float = 0.0) -> Kernel:
+        """Return step `i` from rows whose means are `mean` `[n]`.
 
-        Rows sum to 1: a mean off the grid counts as on its edge, which `Measured.off_grid` tells.
+        A mean off the grid counts as on its edge, which `Measured.off_grid` tells.
+
+        Args:
+            mean: where each row's Gaussian has its centre.
+            i: of the step, for its sigma.
+            slope: steepest slope of a log tilt that the kernel will be given; it moves the centres by
+                sigma^2 times as much, and the band is wider by that.
         """
         mean = mean.clamp(self.points[0], self.points[-1])
-        exponent = -((self.points - mean[:, None]) / self.sigma[i]).square() / 2
-        return exponent - exponent.logsumexp(1, keepdim=True)
+        sigma, spacing = self.sigma[i], self.points[1] - self.points[0]
+        half = int(sigma * (_REACH + sigma * slope) / spacing) + 1
+        width = min(2 * half + 1, len(self.points))
+        first = ((mean - self.points[0]) / spacing).round().long() - half
+        columns = first.clamp(0, len(self.points) - width)[:, None] + torch.arange(width)
+        exponent = -((self.points[columns] - mean[:, None]) / sigma).square() / 2
+        return Kernel(columns, exponent - exponent.logsumexp(1, keepdim=True))
 
     def _outside(self, mean: Tensor, i: int) -> Tensor:
         """Return the probability of each row's Gaussian beyond the grid, `[n]`."""
@@ -180,6 +213,11 @@ def moments(law: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of laws `[..., n]`."""
     mean = law @ points
     return mean, (law @ points.square() - mean.square()).sqrt()
+
+
+def _slope(values: Tensor, points: Tensor) -> float:
+    """Return the steepest slope of functions `[K, n]` on the grid."""
+    return float(values.diff(dim=-1).abs().max() / (points[1] - points[0]))
 
 
 def _peak(rows: Tensor) -> Tensor:

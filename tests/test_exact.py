@@ -144,7 +144,7 @@ class TestInvariants:
     def test_rows_sum_to_one_and_the_grid_resolves_the_last_step(self, toy):
         for i in (0, 25, 48, 49):
             means = toy.reference_means[i]
-            assert_close(toy.log_kernel(means, i).exp().sum(1), torch.ones(len(means)), atol=1e-12)
+            assert_close(toy.kernel(means, i).log_prob.exp().sum(1), torch.ones(len(means)), atol=1e-12)
             inner = toy.points.abs() < 3
             spacing = toy.points[1] - toy.points[0]
             density = (
@@ -188,13 +188,31 @@ class TestInvariants:
         assert bool((solver.best <= solver.log_z).all())
 
 
+def whole_matrix(solver, i):
+    """The reference's log transition matrix of step i, without a band."""
+    exponent = -(((solver.points - solver.reference_means[i][:, None]) / solver.sigma[i]) ** 2) / 2
+    return exponent.log_softmax(1)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 100.0])
+def test_a_band_of_each_matrix_gives_what_the_whole_one_gives(gamma):
+    solver = solve(gamma=gamma, num_steps=20)
+    law, values = solver.start, solver.values[-1]
+    for i in range(20):
+        law = law @ whole_matrix(solver, i).exp()
+        kernel = whole_matrix(solver, 19 - i)
+        values = torch.stack([(kernel + v).logsumexp(1) for v in values])
+        assert_close(values, solver.values[19 - i], atol=1e-10 * gamma)
+    assert_close(law, solver.prior, atol=1e-15)
+
+
 def test_soft_optimal_objective_equals_its_definition():
     """gamma E[log p] - E[sum KL(p* || p_ref)] by the definition of KL, against E[V_T]."""
     solver = solve(gamma=2.0, num_steps=5)
     for y in range(2):
         law, kl = solver.start, 0.0
         for i in range(5):
-            kernel = solver.log_kernel(solver.reference_means[i], i)
+            kernel = whole_matrix(solver, i)
             tilt = solver.values[i + 1, y] - solver.values[i, y][:, None]
             step = (kernel + tilt).exp()
             kl += law @ (step * tilt).sum(1)
