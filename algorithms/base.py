@@ -32,13 +32,15 @@ class Algorithm(ABC):
     decay: str = "linear"  # of both learning rates, to 0 after `updates`: linear or constant
     average: float = 0.0  # the last share of the updates whose weights' mean is the result; 0: the last's
 
+    fewest_updates: ClassVar[int] = 1
     needs_gradient: ClassVar[bool]
     needs_noise: ClassVar[bool]  # eta > 0: a log-probability or a KL is asked for
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be 1 or more.")
+        least = {"updates": self.fewest_updates, "batch_size": 1, "micro_batch_size": 1}
+        for name, fewest in least.items():
+            if getattr(self, name) < fewest:
+                raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be {fewest} or more.")
         if self.batch_size % self.micro_batch_size:
             raise DiffRLError(
                 f"algo.batch_size={self.batch_size}: algo.micro_batch_size={self.micro_batch_size} does "

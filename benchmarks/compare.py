@@ -49,7 +49,7 @@ class Suite:
     """
 
     rows: dict[str, list[str]]  # `key=value` words of each method
-    columns: dict[str, str]  # measures of the table, by heading
+    columns: dict[str, Any]  # measures of the table, by heading; of a list, the first that a row has
     settings: list[str] = field(default_factory=list)  # words of every row
     seeds: int = 3  # 0, 1, ...
     curve: dict[str, str] = field(default_factory=dict)  # the one measure that is drawn, by its name
@@ -109,7 +109,7 @@ def load(name: str) -> Suite:
                 raise DiffRLError(f"{key}: missing or empty.")
         return Suite(**stored)
     except (DiffRLError, yaml.YAMLError) as error:
-        raise DiffRLError(f"{path}: not a suite: {error}") from error
+        raise DiffRLError(f"{path}: not a suite: {' '.join(str(error).split())}") from error
 
 
 def compare(
@@ -202,7 +202,7 @@ def _points(trained: Path) -> Iterator[dict[str, Any]]:
     """Yield what a run's evaluations measured, with what had been spent on training by then."""
     for line in (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         metrics = json.loads(line)
-        if any(name.startswith(("eval/", "exact/")) for name in metrics):
+        if any(name.startswith(("eval/", "exact/", "sampled/")) for name in metrics):
             yield metrics
 
 
@@ -291,11 +291,17 @@ def table(suite: Suite, rows: list[dict[str, Any]]) -> Table:
         shown.add_column(heading, justify="right", no_wrap=True)
     spent = [f"spent/{name}" for name in SPENT.values()]
     for row in rows:
-        cells = [_with_interval(row, measure) for measure in suite.columns.values()]
+        cells = [_with_interval(row, _first(measure, row)) for measure in suite.columns.values()]
         cells += [f"{row[name]:,.0f}" if name in row else "-" for name in spent]
         failed = f" ({row['failed']} failed)" if row["failed"] else ""
         shown.add_row(row["method"] + failed, *cells)
     return shown
+
+
+def _first(measures: str | list[str], row: dict[str, Any]) -> str:
+    """Return the one measure, or the first of several that a row has."""
+    several = [measures] if isinstance(measures, str) else measures
+    return next((measure for measure in several if measure in row), several[0])
 
 
 def _with_interval(row: dict[str, Any], measure: str) -> str:
@@ -335,9 +341,10 @@ def report(name: str, suite: Suite, records: list[dict[str, Any]], out: Path) ->
     (out / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     known = {measure for row in rows for measure in row}
     if any(row["n_seeds"] for row in rows):
-        for measure in (*suite.columns.values(), *suite.curve.values()):
-            if measure not in known:
-                raise unknown("measure", measure, [m for m in known if "/" in m])
+        for measures in (*suite.columns.values(), *suite.curve.values()):
+            several = [measures] if isinstance(measures, str) else measures
+            if not known & set(several):
+                raise unknown("measure", several[0], [m for m in known if "/" in m])
         if suite.curve:
             draw(suite, records).save(out / f"{name}.png")
     return rows

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffrl import __version__
 from diffrl import config as settings
+from diffrl.algorithms.guidance.base import Guidance
 from diffrl.backbones.stable_diffusion import fingerprint
 from diffrl.cache import cache_folder
 from diffrl.config import Config
@@ -63,9 +64,17 @@ class Setup:
             seed=self.config.seed,
         )
 
-    def make_env(self, reward: Reward, num_envs: int) -> DenoisingVectorEnv:
+    def make_env(self, reward: Reward, num_envs: int, group_size: int = 1) -> DenoisingVectorEnv:
         """Return an env of this model with `reward`."""
-        return DenoisingVectorEnv(self.backbone, self.schedule, reward, self.prompts, num_envs=num_envs)
+        return DenoisingVectorEnv(
+            self.backbone, self.schedule, reward, self.prompts, num_envs=num_envs, group_size=group_size
+        )
+
+    def make_guided(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:
+        """Return the chosen guidance of `policy`, in an env that draws so many pictures at a time."""
+        guidance = self.config.guidance
+        env = self.make_env(reward, num_pictures * guidance.population, guidance.population)
+        return guidance.attach(policy, env)
 
     def generator(self, *stream: int) -> torch.Generator:
         """Return a generator of its own for each purpose: seeded by the run's seed and `stream`."""
@@ -167,9 +176,23 @@ def check(config: Config) -> None:
         raise DiffRLError(
             f"algo={name} env.eta=0: without noise a step has no density and no KL. Use env.eta=1."
         )
+    _check_guidance(config)
     _check_space(config)
     if config.dataset is not None:
         _picture_files(Path(config.dataset))
+
+
+def _check_guidance(config: Config) -> None:
+    name, reward = settings.chosen(config, "guidance"), settings.chosen(config, "reward")
+    if config.guidance.needs_gradient and not (is_learned(config.reward) or config.reward.differentiable):
+        raise DiffRLError(
+            f"guidance={name} reward={reward}: it follows the reward's gradient, and {reward!r} is a black "
+            "box. Use guidance=svdd or smc, or reward=compressibility."
+        )
+    if config.guidance.needs_noise and config.env.eta == 0:
+        raise DiffRLError(
+            f"guidance={name} env.eta=0: without noise all candidates are one. Use env.eta=1."
+        )
 
 
 def _check_space(config: Config) -> None:

@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("words", nargs="*", metavar="key=value", help="settings, as for 'train'")
 
     evaluate = add("eval", _eval, "measure a run: accuracy by the true measure, KL, cost")
-    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a folder of 'diffrl train'")
+    model = "a folder of 'diffrl train' and guidance=..., or settings of the pretrained model"
+    evaluate.add_argument("words", nargs="*", metavar="RUN | key=value", help=model)
     evaluate.add_argument("-n", type=int, default=512, help="pictures (default 512)")
     evaluate.add_argument("--seed", type=int, default=42, help="of noise and prompts (default 42)")
     evaluate.add_argument("--prompts", help="another list or file than the run's")
@@ -75,13 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     sample = add("sample", _sample, "draw pictures with a run's policy")
-    sample.add_argument("folder", type=Path, metavar="RUN", help="a folder of 'diffrl train'")
+    sample.add_argument("words", nargs="*", metavar="RUN | key=value", help=model)
     sample.add_argument("--prompt", required=True, help="what to draw")
     sample.add_argument("--label", type=int, default=-1, help="the control (default -1: none)")
     sample.add_argument("-n", type=int, default=8, help="pictures (default 8)")
     sample.add_argument("--control-scale", type=float, default=1.0, help="strength (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    sample.add_argument("--out", type=Path, help="folder to write to (default RUN/samples)")
+    sample.add_argument("--out", type=Path, help="folder to write to (default RUN/samples, or samples)")
 
     compare = add(
         "compare", _compare, "train every row of a suite, some seeds each, and show them together"
@@ -186,9 +187,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
-    overrides = {"prompts": options.prompts} if options.prompts else {}
-    setup, policy, reward = run.restore(options.folder, overrides)
-    policy.control_scale = options.control_scale
+    setup, policy, reward = _model(options)
     measures = run.measure(setup, policy, reward, options.n, options.seed)
     if options.json:
         print(json.dumps(measures))
@@ -198,11 +197,40 @@ def _eval(options: argparse.Namespace) -> None:
         _show(measures, reward.edges.tolist() if isinstance(reward, LogLikelihood) else None)
 
 
+def _run_folder(words: list[str]) -> Path | None:
+    """Return the folder among the words of 'eval' and 'sample', the first, if it is one."""
+    if not words:
+        raise DiffRLError("give the folder of a run, or settings such as env=emoji guidance=svdd.")
+    return None if "=" in words[0] else Path(words[0])
+
+
+def _model(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Return setup, policy and reward of a run, or of the pretrained model with these settings."""
+    from diffrl import config, run
+
+    folder, words = _run_folder(options.words), options.words
+    prompts = getattr(options, "prompts", None)
+    if folder is None:
+        words = ["algo=none", *words, *([f"prompts={prompts}"] if prompts else [])]
+        setup, policy, reward = run.pretrained(config.load(words))
+    else:
+        overrides = {"prompts": prompts} if prompts else {}
+        if guided := words[1:]:
+            for word in guided:
+                if not word.startswith("guidance"):
+                    raise DiffRLError(
+                        f"{word}: {folder} was trained with settings of its own; give guidance=..."
+                    )
+            overrides["guidance"] = config.load(guided).guidance
+        setup, policy, reward = run.restore(folder, overrides)
+    policy.control_scale = options.control_scale
+    return setup, policy, reward
+
+
 def _sample(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from diffrl import run
     from diffrl.log import console, grid
     from diffrl.rewards.closed_form import ClosedForm
     from diffrl.rewards.jpeg import jpeg_kilobytes
@@ -212,35 +240,32 @@ def _sample(options: argparse.Namespace) -> None:
 
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
-    setup, policy, reward = run.restore(options.folder, {})
+    setup, policy, reward = _model(options)
     if isinstance(reward, ClosedForm):
-        raise DiffRLError(f"{options.folder}: its model draws points, not pictures; use 'diffrl eval'.")
-    policy.control_scale = options.control_scale
-    env = setup.make_env(reward, options.n)
+        raise DiffRLError(f"{options.words[0]}: its model draws points, not pictures; use 'diffrl eval'.")
+    actor = setup.make_guided(policy, reward, options.n)
     if options.label >= 0 and not reward.num_classes:
         raise DiffRLError(f"--label {options.label}: this run has no labels, its reward has no classes.")
-    label = torch.full((options.n, len(reward.num_classes)), options.label)
-    trajectory = rollout(
-        env,
-        policy,
-        torch.Generator(setup.device).manual_seed(options.seed),
-        seed=options.seed,
-        options={"prompts": [options.prompt] * options.n, "label": label},
-    )
-    sizes = jpeg_kilobytes(trajectory.images).tolist()
-    folder = options.out or options.folder / "samples"
+    generator = torch.Generator(setup.device).manual_seed(options.seed)
+    count = actor.env.num_envs
+    label = torch.full((count, len(reward.num_classes)), options.label)
+    wanted = {"prompts": [options.prompt] * count, "label": label}
+    trajectory = rollout(actor.env, actor, generator, seed=options.seed, options=wanted)
+    images = trajectory.images[actor.chosen(generator)]
+    sizes = jpeg_kilobytes(images).tolist()
+    folder = options.out or (_run_folder(options.words) or Path()) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     stem = options.prompt.replace(" ", "-").replace("/", "-")
     stem += f"-label{options.label}" if reward.num_classes else ""
-    for number, pixels in enumerate(to_pixels(trajectory.images)):
+    for number, pixels in enumerate(to_pixels(images)):
         Image.fromarray(pixels).save(folder / f"{stem}-{number:02d}.png")
     across = 8
-    rows = list(trajectory.images.split(across))
+    rows = list(images.split(across))
     rows[-1] = torch.cat([rows[-1], rows[-1].new_ones(len(rows[0]) - len(rows[-1]), *rows[0].shape[1:])])
     grid(rows, [""] * len(rows)).save(folder / f"{stem}.png")
     of_class = ""
     if options.label >= 0 and isinstance(reward, LogLikelihood):
-        hits = int((reward.true_class(trajectory.images) == options.label).sum())
+        hits = int((reward.true_class(images) == options.label).sum())
         of_class = f", {hits} of true class {options.label}"
     console.print(
         f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB{of_class}"

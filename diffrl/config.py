@@ -21,8 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffrl.algorithms.ctrl import CTRL
 from diffrl.algorithms.ddpo import DDPO
+from diffrl.algorithms.guidance.base import Unguided
+from diffrl.algorithms.guidance.mpgd import MPGD
+from diffrl.algorithms.guidance.reconstruction import Reconstruction
+from diffrl.algorithms.guidance.smc import SMC
+from diffrl.algorithms.guidance.svdd import SVDD
 from diffrl.algorithms.reward_backprop import RewardBackprop
 from diffrl.algorithms.rwr import RWR
+from diffrl.algorithms.untrained import Untrained
 from diffrl.envs.emoji import Emoji
 from diffrl.envs.gaussian_mixture import GaussianMixture
 from diffrl.envs.sd15 import SD15
@@ -33,7 +39,13 @@ from diffrl.rewards.compressibility import Compressibility
 from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
 
 GROUPS: dict[str, dict[str, type]] = {
-    "algo": {"ctrl": CTRL, "ddpo": DDPO, "rwr": RWR, "reward_backprop": RewardBackprop},
+    "algo": {
+        "ctrl": CTRL,
+        "ddpo": DDPO,
+        "rwr": RWR,
+        "reward_backprop": RewardBackprop,
+        "none": Untrained,
+    },
     "env": {"emoji": Emoji, "gaussian_mixture": GaussianMixture, "sd15": SD15},
     "reward": {
         "compressibility": Compressibility,
@@ -41,6 +53,13 @@ GROUPS: dict[str, dict[str, type]] = {
         "jpeg": Jpeg,
         "jpeg_incompressible": JpegIncompressible,
         "softmax": Softmax,
+    },
+    "guidance": {
+        "none": Unguided,
+        "reconstruction": Reconstruction,
+        "mpgd": MPGD,
+        "smc": SMC,
+        "svdd": SVDD,
     },
 }
 """What can be chosen on the command line, by group and name."""
@@ -56,6 +75,7 @@ class Config:
     algo: Any
     env: Any
     reward: Any
+    guidance: Any = field(default_factory=Unguided)  # of evaluations and samples; training has none
     policy: LoRA = field(default_factory=LoRA)
     prompts: str = "simple_animals"  # a list by name, or a text file with one prompt per line
     dataset: str | None = None  # folder of pictures to fit the reward on; null: drawn from the model
@@ -75,6 +95,7 @@ class _Schema(Config):
             {"algo": "ctrl"},
             {"env": "emoji"},
             {"reward": "compressibility"},
+            {"guidance": "none"},
             # presets that apply by themselves: what an env needs, what suits an algorithm on it
             {"optional tuned_env": "${env}"},
             {"optional tuned_pair": "${algo}_${env}"},
@@ -83,6 +104,7 @@ class _Schema(Config):
     algo: Any = None
     env: Any = None
     reward: Any = None
+    guidance: Any = None
 
 
 def experiments() -> dict[str, str]:
@@ -119,7 +141,8 @@ def read(path: Path) -> Config:
             raise ValueError(f"{key!r} is missing; is the file cut short?")
         return to_objects(OmegaConf.merge(composed, stored))
     except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise DiffRLError(f"{path}: cannot be read as a run's settings ({error}).") from error
+        reason = " ".join(str(error).split())  # YAML's errors have several lines
+        raise DiffRLError(f"{path}: cannot be read as a run's settings ({reason}).") from error
 
 
 def write(config: Config, path: Path) -> None:
@@ -130,7 +153,7 @@ def write(config: Config, path: Path) -> None:
 
 
 def chosen(config: Config, group: str) -> str:
-    """Return the name under which the config's algo, env or reward is known."""
+    """Return the name under which the config's algo, env, reward or guidance is known."""
     kind = type(getattr(config, group))
     return next(name for name, known in GROUPS[group].items() if known is kind)
 

@@ -12,9 +12,9 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import Tensor
 
-from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.algorithms.guidance.base import Guidance
 from diffrl.log import grid
-from diffrl.policy import Policy, Pretrained
+from diffrl.policy import Pretrained
 from diffrl.rewards.jpeg import jpeg_kilobytes
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.prompt_fidelity import PromptFidelity
@@ -23,40 +23,42 @@ from diffrl.types import NO_LABEL
 
 
 def evaluate(
-    env: DenoisingVectorEnv,
-    policy: Policy,
+    actor: Guidance,
     *,
     num_pictures: int,
     gamma: float,
     seed: int = 42,
     judge: PromptFidelity | None = None,
 ) -> dict[str, Any]:
-    """Return the measures of a policy over `num_pictures`.
+    """Return the measures of a policy, guided or not, over `num_pictures` of the actor's env.
 
-    Of any reward: its mean and standard deviation, KL in nats (null where eta is 0), prompt fidelity where
-    there is a judge, cost. Of a control, with labels in equal blocks, what `_control` and `_optimality`
-    return. Noise and prompts come from `seed` alone: an evaluation neither reads nor moves a generator of
-    training.
+    Of any reward: its mean and standard deviation, KL in nats (null where a step has no density), prompt
+    fidelity where there is a judge, cost. Of a control, with labels in equal blocks, what `_control` and
+    `_optimality` return. Noise and prompts come from `seed` alone: an evaluation neither reads nor moves a
+    generator of training.
     """
+    env = actor.env
     generator = torch.Generator(env.device).manual_seed(seed)
     counts = env.reward.num_classes
     target = torch.arange(num_pictures) * (counts[0] if counts else 0) // num_pictures
-    reference = policy.reference if env.schedule.eta > 0 else None
+    reference = actor.policy.reference if env.schedule.eta > 0 else None
     rewards, kl, guess, faithful = [], [], [], []
-    for start in range(0, num_pictures, env.num_envs):
+    at_once = env.num_envs // actor.population
+    for start in range(0, num_pictures, at_once):
         # the last batch is filled up and trimmed: N is fixed
-        index = torch.arange(start, start + env.num_envs).clamp(max=num_pictures - 1)
-        options = {"label": target[index, None]} if counts else None
+        index = torch.arange(start, start + at_once).clamp(max=num_pictures - 1)
+        options = {"label": target[index, None].repeat_interleave(actor.population, 0)} if counts else None
         first = seed if start == 0 else None
-        trajectory = rollout(env, policy, generator, reference=reference, seed=first, options=options)
-        keep = min(env.num_envs, num_pictures - start)
-        rewards.append(trajectory.reward[:keep].cpu())
+        trajectory = rollout(env, actor, generator, reference=reference, seed=first, options=options)
+        kept = actor.chosen(generator)[: num_pictures - start]
+        images = trajectory.images[kept]
+        rewards.append(trajectory.reward[kept].cpu())
         if trajectory.kl is not None:
-            kl.append(trajectory.kl.sum(0)[:keep].cpu())
+            kl.append(trajectory.kl.sum(0)[kept].cpu())
         if isinstance(env.reward, LogLikelihood):
-            guess.append(env.reward.true_class(trajectory.images)[:keep])
+            guess.append(env.reward.true_class(images))
         if judge is not None:
-            faithful.append(judge(trajectory.images, trajectory.context.prompts)[:keep].cpu())
+            faithful.append(judge(images, [trajectory.context.prompts[i] for i in kept.tolist()]).cpu())
     reward = torch.cat(rewards)
     measures: dict[str, Any] = {
         "reward_mean": float(reward.mean()),
@@ -70,7 +72,7 @@ def evaluate(
             measures |= _optimality(env.reward, target, gamma * reward - torch.cat(kl), gamma)
     if judge is not None:
         measures["prompt_fidelity"] = float(torch.cat(faithful).float().mean())
-    return measures | _cost(env, policy, seed)
+    return measures | _cost(actor, seed)
 
 
 def _control(reward: LogLikelihood, target: Tensor, guess: Tensor, log_p: Tensor) -> dict[str, Any]:
@@ -97,35 +99,40 @@ def _optimality(reward: LogLikelihood, target: Tensor, objective: Tensor, gamma:
     }
 
 
-def _cost(env: DenoisingVectorEnv, policy: Policy, seed: int) -> dict[str, float]:
-    """Return network calls and seconds a picture, of plain sampling: without KL and scoring."""
-    calls, begin = policy.num_calls, time.perf_counter()
-    rollout(env, policy, torch.Generator(env.device).manual_seed(seed), seed=seed)
-    seconds = time.perf_counter() - begin
+def _cost(actor: Guidance, seed: int) -> dict[str, float]:
+    """Return network calls, reward calls and seconds a picture, of sampling: without KL and measures."""
+    env, policy = actor.env, actor.policy
+    calls, scored, begin = policy.num_calls, env.num_scored, time.perf_counter()
+    rollout(env, actor, torch.Generator(env.device).manual_seed(seed), seed=seed)
+    seconds, pictures = time.perf_counter() - begin, env.num_envs / actor.population
     return {
-        "nfe_per_image": (policy.num_calls - calls) / env.num_envs,
-        "seconds_per_image": seconds / env.num_envs,
+        "nfe_per_image": (policy.num_calls - calls) / pictures,
+        # the env scores every picture once at the end, which sampling by itself does not ask for
+        "reward_calls_per_image": (env.num_scored - scored - env.num_envs) / pictures,
+        "seconds_per_image": seconds / pictures,
     }
 
 
-def picture_grid(
-    env: DenoisingVectorEnv, policy: Policy, prompts: list[str], *, seed: int = 42
-) -> Image.Image:
+def picture_grid(actor: Guidance, prompts: list[str], *, seed: int = 42) -> Image.Image:
     """Return pictures, one column a prompt and the same noise in each row.
 
     The first row is the pretrained model's; then one row a label, or one row if there are no labels.
     """
-    words = (prompts * env.num_envs)[: env.num_envs]
+    env = actor.env
+    words = (prompts * env.num_envs)[: env.num_envs // actor.population]
     rows: list[Tensor] = []
     names = []
     counts = env.reward.num_classes
     for label in [None, *range(*counts)] if counts else [None, NO_LABEL]:
         generator = torch.Generator(env.device).manual_seed(seed)
-        options: dict[str, Any] = {"prompts": words}
+        options: dict[str, Any] = {"prompts": [word for word in words for _ in range(actor.population)]}
         if counts:
             options["label"] = torch.full((env.num_envs, 1), NO_LABEL if label is None else label)
-        actor = Pretrained(policy) if label is None else policy
-        rows.append(rollout(env, actor, generator, seed=seed, options=options).images)
+        drawn = rollout(
+            env, Pretrained(actor.policy) if label is None else actor, generator, seed=seed, options=options
+        )
+        first = torch.arange(len(words)) * actor.population
+        rows.append(drawn.images[first if label is None else actor.chosen(generator)])
         size = float(jpeg_kilobytes(rows[-1]).mean())
         name = "pretrained" if label is None else f"label {label}" if counts else "trained"
         names.append(f"{name}\n{size:.2f} kB")

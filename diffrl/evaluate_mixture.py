@@ -1,18 +1,23 @@
 """How far is a policy from the best there is? Answered on the solvable model, where the best is known.
 
-In one dimension everything is exact (`diffrl.exact`), in two it is sampled and has no bound beside it.
+In one dimension a policy's measures are exact (`diffrl.exact`). In two they are sampled, with no bound
+beside them; so are those of guidance, whose steps have no density, beside the exact target's.
 
 Shapes: K labels, n grid points.
 """
 
+from statistics import fmean
 from typing import Any
 
 import torch
 from PIL import Image
 from rich.table import Table
+from torch import Tensor
 
+from diffrl.algorithms.guidance.base import Unguided
+from diffrl.algorithms.guidance.smc import SMC
 from diffrl.build import Setup
-from diffrl.exact import ExactSolver, Measured
+from diffrl.exact import ExactSolver, Measured, moments
 from diffrl.log import RunLog, console
 from diffrl.plot import Curve, densities
 from diffrl.policy import Policy
@@ -37,6 +42,7 @@ class MixtureEvaluation:
 
     def __init__(self, setup: Setup, policy: Policy, reward: ClosedForm) -> None:
         self.setup, self.policy, self.reward = setup, policy, reward
+        self.guided = not isinstance(setup.config.guidance, Unguided)
         self.gamma = setup.config.algo.target_gamma or 1.0
         self.solver: ExactSolver | None = None
         if reward.num_dims == 1:
@@ -51,7 +57,7 @@ class MixtureEvaluation:
 
     def report(self, update: int, log: RunLog) -> dict[str, Any]:
         """Print the measures and draw prior, target and learned law; return the measures."""
-        if self.solver is None:
+        if self.solver is None or self.guided:
             measures = self._sampled()
         else:
             measured = self.solver.measure(self.policy)
@@ -63,7 +69,7 @@ class MixtureEvaluation:
 
     def measure(self) -> dict[str, Any]:
         """Return the measures under the names of `metrics.jsonl`."""
-        if self.solver is None:
+        if self.solver is None or self.guided:
             return self._sampled()
         return self._exact(self.solver, self.solver.measure(self.policy))
 
@@ -85,26 +91,45 @@ class MixtureEvaluation:
             "exact/tv": float(measured.tv.max()),
             "exact/log_prob": float(measured.log_prob.mean()),  # over the labels, as the next two
             "exact/target_log_prob": float((solver.target * solver.log_prob).sum(1).mean()),
+            "exact/width": float(
+                (moments(measured.law, solver.points)[1] / self._deviation(solver)).mean()
+            ),
             "exact/kl_nats": float(measured.kl.mean()),
             "exact/off_grid": measured.off_grid,
         } | {f"exact/{name}_per_label": values.tolist() for name, values in lists.items()}
 
+    def _deviation(self, solver: ExactSolver) -> Tensor:
+        """Return the standard deviation of each label's target, `[K]`."""
+        return moments(solver.target, solver.points)[1]
+
     def _sampled(self) -> dict[str, Any]:
         """Return what rollouts tell of each label, from noise of their own."""
-        env = self.setup.make_env(self.reward, _SAMPLES)
-        log_prob, kl = [], []
+        actor = self.setup.make_guided(self.policy, self.reward, _SAMPLES)
+        lists: dict[str, list[float]] = {"log_prob": [], "kl_nats": [], "objective": [], "deviation": []}
+        z: list[float] = []
         for label in range(self.reward.num_classes[0]):
             generator = torch.Generator(self.setup.device).manual_seed(42)
-            options = {"label": torch.full((_SAMPLES, 1), label)}
-            trajectory = rollout(
-                env, self.policy, generator, reference=self.policy.reference, seed=42, options=options
-            )
-            assert trajectory.kl is not None
-            log_prob.append(float(trajectory.reward.mean()))
-            kl.append(float(trajectory.kl.sum(0).mean()))
-        objective = [self.gamma * reward - cost for reward, cost in zip(log_prob, kl, strict=True)]
-        lists = {"log_prob": log_prob, "kl_nats": kl, "objective": objective}
-        return {f"eval/{name}_per_label": values for name, values in lists.items()}
+            options = {"label": torch.full((actor.env.num_envs, 1), label)}
+            reference = self.policy.reference
+            trajectory = rollout(actor.env, actor, generator, reference=reference, seed=42, options=options)
+            kept = actor.chosen(generator)
+            log_prob = float(trajectory.reward[kept].mean())
+            lists["log_prob"].append(log_prob)
+            lists["deviation"].append(float(trajectory.latents[-1][kept].std()))
+            if trajectory.kl is not None:
+                kl = float(trajectory.kl.sum(0)[kept].mean())
+                lists["kl_nats"].append(kl)
+                lists["objective"].append(self.gamma * log_prob - kl)
+            if isinstance(actor, SMC):
+                z.append(float(actor.log_z.exp().mean()))
+        measures: dict[str, Any] = {"sampled/log_prob": fmean(lists["log_prob"]), "sampled/n": _SAMPLES}
+        if self.solver is not None:
+            ratio = torch.tensor(lists["deviation"]) / self._deviation(self.solver)
+            target = (self.solver.target * self.solver.log_prob).sum(1).mean()
+            measures |= {"sampled/width": float(ratio.mean()), "sampled/target_log_prob": float(target)}
+            if z:
+                measures["sampled/z_ratio"] = float((torch.tensor(z) / self.solver.log_z.exp()).mean())
+        return measures | {f"sampled/{name}_per_label": values for name, values in lists.items() if values}
 
 
 def table(measures: dict[str, Any]) -> Table:

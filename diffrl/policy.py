@@ -124,7 +124,11 @@ class Policy(nn.Module):
         return list(self.label_embedding.parameters())
 
     def forward(self, obs: Observation) -> Independent:
-        """Return the law of x_{t-1} at `obs`, event shape [C, H, W].
+        """Return the law of x_{t-1} at `obs`, event shape [C, H, W]."""
+        return self.schedule.step(obs["latents"], self.noise(obs), obs["timestep"])
+
+    def noise(self, obs: Observation) -> Tensor:
+        """Return the noise prediction that the law of x_{t-1} is made of, `[N, C, H, W]`.
 
         With `control_scale` s other than 1, eps = eps_ref + s (eps - eps_ref): the strength of the
         control at inference (CTRL, appendix D).
@@ -133,7 +137,7 @@ class Policy(nn.Module):
         if self.control_scale != 1.0:
             reference = self._guided(obs, self._no_label(obs), adapters=False)
             eps = reference + self.control_scale * (eps - reference)
-        return self.schedule.step(obs["latents"], eps, obs["timestep"])
+        return eps
 
     def reference(self, obs: Observation) -> Independent:
         """Return the pretrained law of x_{t-1} at `obs`: adapters off, no label.
@@ -164,6 +168,12 @@ class Policy(nn.Module):
         """Return the raw noise prediction `[N, C, H, W]`, without guidance."""
         out = self.unet(x_t, timestep, prompt_embeds, class_labels=label, return_dict=False)
         return out[0].to(x_t.dtype)
+
+    def unconditional(self, obs: Observation) -> Tensor:
+        """Return the noise prediction `[N, C, H, W]` for the empty prompt, with no label."""
+        self.num_calls += len(obs["label"])
+        embeds = self.null_embeds.expand_as(obs["prompt_embeds"])
+        return self.eps(obs["latents"], obs["timestep"], embeds, self._no_label(obs))
 
     def guided_eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
         """Return the noise prediction `[N, C, H, W]` with guidance, at any timestep."""

@@ -36,9 +36,7 @@ def train(config: Config) -> Path:
     """Fit the reward if it is a learned one, train the policy, and return the run's folder."""
     begin = time.perf_counter()
     folder = _folder(config)
-    setup = Setup(config)
-    policy = setup.make_policy(setup.num_classes())
-    reward = setup.make_reward(policy)
+    setup, policy, reward = pretrained(config)
     folder.mkdir(parents=True)
     settings.write(config, folder / CONFIG_FILE)
     if isinstance(reward, LogLikelihood):
@@ -76,7 +74,8 @@ class Run:
         optimizer = algo.make_optimizer(self.policy)
         base = [group["lr"] for group in optimizer.param_groups]
         average = WeightAverage(self.policy.lora_parameters() + self.policy.embedding_parameters())
-        self._evaluate(0, self.config.eval_pictures)
+        if algo.updates:
+            self._evaluate(0, self.config.eval_pictures)
         with progress(settings.chosen(self.config, "algo"), algo.updates) as bar:
             for update in range(algo.updates):
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
@@ -121,8 +120,8 @@ class Run:
             return
         measures = measure(self.setup, self.policy, self.reward, num_pictures)
         self.log.write(update, {f"eval/{name}": value for name, value in measures.items()} | self.spent)
-        env = self.setup.make_env(self.reward, _GRID_ENVS)
-        picture = picture_grid(env, self.policy, self.setup.prompts[:_GRID_ENVS])
+        actor = self.setup.make_guided(self.policy, self.reward, _GRID_ENVS)
+        picture = picture_grid(actor, self.setup.prompts[:_GRID_ENVS])
         path = self.log.picture(update, "grid", picture)
         said = [f"reward {measures['reward_mean']:.3f}"]
         said += [f"accuracy {measures['accuracy']:.2f}"] if "accuracy" in measures else []
@@ -136,12 +135,20 @@ def measure(
     """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
     if isinstance(reward, ClosedForm):
         return MixtureEvaluation(setup, policy, reward).measure()
-    env = setup.make_env(reward, min(_EVAL_ENVS, num_pictures))
+    at_once = max(_EVAL_ENVS // setup.config.guidance.population, 1)
+    actor = setup.make_guided(policy, reward, min(at_once, num_pictures))
     gamma = setup.config.algo.target_gamma or 1.0
     judge = load_judge(setup.config.env.model)
     if judge is not None:
         judge.to(setup.device)
-    return evaluate(env, policy, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge)
+    return evaluate(actor, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge)
+
+
+def pretrained(config: Config) -> tuple[Setup, Policy, Reward]:
+    """Return the model of these settings with nothing learnt yet, and its reward, fitted if it must be."""
+    setup = Setup(config)
+    policy = setup.make_policy(setup.num_classes())
+    return setup, policy, setup.make_reward(policy)
 
 
 def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Reward]:

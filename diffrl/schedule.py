@@ -83,7 +83,7 @@ class DDIMSchedule(nn.Module):
             eps: `[N, C, H, W]`.
             timestep: `[N]`, each one of `timesteps`.
         """
-        index = self._index[timestep]
+        index = self.index(timestep)
         shape = (-1,) + (1,) * (x_t.dim() - 1)
         x_gain, eps_gain, sigma = (
             table[index].view(shape) for table in (self.x_gain, self.eps_gain, self.sigma)
@@ -91,6 +91,15 @@ class DDIMSchedule(nn.Module):
         mean = x_gain * x_t + eps_gain * eps
         normal = Normal(mean, sigma.expand_as(mean), validate_args=False)
         return Independent(normal, x_t.dim() - 1, validate_args=False)
+
+    def index(self, timestep: Tensor) -> Tensor:
+        """Return i, the number of the step, 0 to T - 1, of each of `timesteps`, `[N]`."""
+        return self._index[timestep]
+
+    def signals(self, obs: Observation) -> tuple[Tensor, Tensor]:
+        """Return A and P at `obs`, `[N, 1, 1, 1]`."""
+        index, shape = self.index(obs["timestep"]), (-1,) + (1,) * (obs["latents"].dim() - 1)
+        return self.alpha_bar[index].view(shape), self.alpha_bar_prev[index].view(shape)
 
     def predict_x_0(self, x_t: Tensor, eps: Tensor, timestep: Tensor) -> Tensor:
         """Return (x_t - sqrt(1 - A) eps) / sqrt(A), `[N, C, H, W]`: DDIM's "predicted x_0", eq. 12."""

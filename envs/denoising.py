@@ -82,6 +82,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._generator = torch.Generator()
         self._generator.seed()  # from the system, until reset(seed=...)
+        self.num_scored = 0  # pictures that the reward has seen so far
         self._clock: int | None = None  # the index i of the next step, 0 to T; None before a reset
 
     def reset(
@@ -162,6 +163,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
 
     def _score(self, images: Tensor, context: Context) -> Tensor:
         reward = self.reward(images, context)
+        self.num_scored += len(images)
         name = type(self.reward).__name__
         if not isinstance(reward, Tensor) or not reward.is_floating_point():
             kind = str(reward.dtype) if isinstance(reward, Tensor) else type(reward).__name__

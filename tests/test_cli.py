@@ -294,3 +294,49 @@ def test_list_shows_every_choice(capsys):
 def test_help_does_not_import_torch():
     code = "import sys; from diffrl.cli import main; main([]); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+GUIDED = [
+    ["guidance=reconstruction"],
+    ["guidance=mpgd", "guidance.step=normalised"],
+    ["guidance=smc", "guidance.num_particles=2"],
+    ["guidance=svdd", "guidance.num_candidates=2"],
+]
+
+
+@pytest.mark.parametrize("words", GUIDED, ids=" ".join)
+def test_eval_and_sample_guide_a_run_and_the_pretrained_model(run, tiny_path, tmp_path, capsys, words):
+    capsys.readouterr()
+    assert main(["eval", str(run), "--json", "-n", "4", *words]) == 0
+    measures = json.loads(capsys.readouterr().out)
+    assert measures["n"] == 4
+    # SMC and SVDD have no density to compare
+    assert (measures["kl_nats"] is None) == ("smc" in words[0] or "svdd" in words[0])
+    assert measures["reward_calls_per_image"] > 0
+    assert main(["sample", str(run), *words, "--prompt=cat", "--label=1", "-n=3", f"--out={tmp_path}"]) == 0
+    assert len(list(tmp_path.glob("cat-label1-*.png"))) == 3
+    settings = [f"env.model={tiny_path}", "env.num_steps=2", "reward=jpeg"]
+    if "smc" in words[0] or "svdd" in words[0]:  # a black box will do
+        assert main(["eval", *settings, "--json", "-n", "3", *words]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 3
+    else:
+        assert "follows the reward's gradient" in fails(capsys, "eval", *settings, *words)
+
+
+def test_guided_evaluation_needs_a_model_and_guidance_words_only(run, capsys):
+    assert "give the folder of a run" in fails(capsys, "eval")
+    assert "trained with settings of its own" in fails(capsys, "eval", run, "algo.gamma=3")
+    assert "guidance=sdvv: no such guidance" in fails(capsys, "eval", run, "guidance=sdvv")
+    assert "num_candidates=0" in fails(capsys, "eval", run, "guidance=svdd", "guidance.num_candidates=0")
+    assert "all candidates are one" in fails(
+        capsys, "eval", "env=gaussian_mixture", "env.eta=0", "guidance=svdd"
+    )
+
+
+def test_a_run_without_training_is_its_evaluation_alone(tiny_path, tmp_path):
+    words = [f"env.model={tiny_path}", f"root={tmp_path}", "name=plain", "algo=none", "guidance=svdd"]
+    fast = [word for word in FAST if not word.startswith("algo.")]
+    assert main(["train", *words, "guidance.num_candidates=2", *fast]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines if "eval/accuracy" in line] == [0]
+    assert lines[-1]["spent/pictures"] == 0

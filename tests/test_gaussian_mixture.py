@@ -262,7 +262,7 @@ def test_two_dimensions_train_without_an_exact_answer(hasty, tmp_path):
     words += ["algo.updates=1", "algo.batch_size=4", "algo.micro_batch_size=4"]
     assert main(["train", "env=gaussian_mixture", *words, f"root={tmp_path}", "name=a"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert "eval/objective_per_label" in lines[-1]
+    assert "sampled/objective_per_label" in lines[-1]
     assert not any("exact/gap_nats" in line for line in lines)
 
 
@@ -272,3 +272,14 @@ def test_rollouts_keep_points_as_their_own_pictures(hasty):
     policy = setup.make_policy((2,))
     episode = rollout(env, policy, torch.Generator().manual_seed(0), seed=0)
     assert_close(episode.images, episode.latents[-1], atol=0)
+
+
+def test_a_frozen_denoiser_predicts_what_it_did_before():
+    torch.manual_seed(0)
+    denoiser = Denoiser(1)
+    x_t, timestep = torch.randn(7, 1, 1, 1), torch.tensor([0, 1, 5, 100, 400, 981, 999])
+    before = denoiser(x_t, timestep)[0]
+    denoiser.freeze(1000)
+    assert denoiser.times is not None
+    assert_close(denoiser(x_t, timestep)[0], before, atol=1e-6)
+    assert not any(p.requires_grad for p in denoiser.parameters())

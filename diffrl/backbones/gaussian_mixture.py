@@ -87,15 +87,20 @@ class Mixture(nn.Module):
 class Denoiser(nn.Module):
     """A small residual network eps(x_t, t) with the face of diffusers' U-Net; prompts are ignored.
 
+    Most of a step's time is the calls of so small layers, so what does not change is not computed again.
+
     Args:
         num_dims: d.
         width: of the hidden layers and the time embedding.
     """
 
+    times: Tensor | None  # of every timestep, [1000, width], once the network is frozen
+
     def __init__(self, num_dims: int, width: int = 64) -> None:
         super().__init__()
         self.sinusoid = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(width, width)
+        self.register_buffer("times", None, persistent=False)
         self.class_embedding: nn.Module | None = None
         self.first = nn.Linear(num_dims, width)
         self.into, self.of_time, self.out = (nn.Linear(width, width) for _ in range(3))
@@ -106,6 +111,11 @@ class Denoiser(nn.Module):
         """Where the weights are."""
         return self.last.weight.device
 
+    def freeze(self, num_timesteps: int) -> None:
+        """Learn no more: the time embedding of each timestep is computed here, once."""
+        self.requires_grad_(False).eval()
+        self.times = self.time_embedding(self.sinusoid(torch.arange(num_timesteps, device=self.device)))
+
     def forward(
         self,
         x_t: Tensor,
@@ -115,7 +125,10 @@ class Denoiser(nn.Module):
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """Return the predicted noise `[N, d, 1, 1]`, in a tuple as diffusers does."""
-        time = self.time_embedding(self.sinusoid(timestep).to(x_t.dtype))
+        if self.times is None:
+            time = self.time_embedding(self.sinusoid(timestep).to(x_t.dtype))
+        else:
+            time = self.times[timestep]
         if self.class_embedding is not None:
             time = time + self.class_embedding(class_labels)
         time = F.silu(time)
@@ -130,7 +143,7 @@ class GaussianMixtureModel(nn.Module):
     def __init__(self, mixture: Mixture, unet: Denoiser) -> None:
         super().__init__()
         self.mixture, self.unet, self.scheduler = mixture, unet, make_scheduler()
-        self.requires_grad_(False).eval()
+        unet.freeze(len(self.scheduler.alphas_cumprod))
 
     @classmethod
     def load(cls, mixture: Mixture, seed: int = 0) -> Self:
