@@ -34,6 +34,7 @@ class Algorithm(ABC):
 
     fewest_updates: ClassVar[int] = 1
     needs_gradient: ClassVar[bool]
+    needs_labels: ClassVar[bool] = False  # a true one of each picture
     needs_noise: ClassVar[bool]  # eta > 0: a log-probability or a KL is asked for
 
     def __post_init__(self) -> None:

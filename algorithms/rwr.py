@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from diffrl.algorithms.advantages import Group, groups_of
 from diffrl.algorithms.base import Algorithm, check_choice
+from diffrl.algorithms.denoising import denoising_loss
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy, Pretrained
@@ -82,7 +83,7 @@ class RWR(Algorithm):
         for _ in range(self.epochs):
             for samples in kept[torch.randperm(len(kept))].split(self.fit_batch_size):
                 for part in samples.split(self.micro_batch_size):
-                    losses = weight[part] * self._denoising_loss(batch, part.to(weight.device), policy)
+                    losses = weight[part] * self._losses(batch, part.to(weight.device), policy)
                     loss = losses.sum() / len(samples)
                     loss.backward()
                     total += float(loss.detach())
@@ -111,13 +112,7 @@ class RWR(Algorithm):
                 weight[members] = (reward >= self.threshold).to(weight)
         return weight
 
-    def _denoising_loss(self, batch: Trajectory, sample: Tensor, policy: Policy) -> Tensor:
-        """Return the mean squared error of the predicted noise at random times, `[len(sample)]`."""
-        x_0 = batch.latents[-1][sample]
-        schedule = policy.schedule
-        timestep = torch.randint(len(schedule.train_alpha_bar), (len(sample),)).to(x_0.device)
-        noise = torch.randn(x_0.shape).to(x_0)
-        noisy = schedule.add_noise(x_0, noise, timestep)
-        embeds, label = batch.context.prompt_embeds[sample], batch.context.label[sample]
-        guided = policy.guided_eps if self.train_guidance else policy.eps
-        return (guided(noisy, timestep, embeds, label) - noise).square().flatten(1).mean(1)
+    def _losses(self, batch: Trajectory, part: Tensor, policy: Policy) -> Tensor:
+        """Return the denoising loss of these pictures, `[len(part)]`."""
+        embeds, label = batch.context.prompt_embeds[part], batch.context.label[part]
+        return denoising_loss(policy, batch.latents[-1][part], embeds, label, guided=self.train_guidance)

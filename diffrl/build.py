@@ -176,6 +176,11 @@ def check(config: Config) -> None:
         raise DiffRLError(
             f"algo={name} env.eta=0: without noise a step has no density and no KL. Use env.eta=1."
         )
+    if config.algo.needs_labels and not config.reward.num_classes:
+        raise DiffRLError(
+            f"algo={name} reward={reward}: {name} learns from labels, and {reward!r} has no classes. Use "
+            "reward=compressibility."
+        )
     _check_guidance(config)
     _check_space(config)
     if config.dataset is not None:

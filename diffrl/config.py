@@ -19,9 +19,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffrl.algorithms.classifier_free import ClassifierFree
 from diffrl.algorithms.ctrl import CTRL
 from diffrl.algorithms.ddpo import DDPO
 from diffrl.algorithms.guidance.base import Unguided
+from diffrl.algorithms.guidance.classifier_free import ClassifierFreeGuidance
 from diffrl.algorithms.guidance.mpgd import MPGD
 from diffrl.algorithms.guidance.reconstruction import Reconstruction
 from diffrl.algorithms.guidance.smc import SMC
@@ -44,6 +46,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "ddpo": DDPO,
         "rwr": RWR,
         "reward_backprop": RewardBackprop,
+        "classifier_free": ClassifierFree,
         "none": Untrained,
     },
     "env": {"emoji": Emoji, "gaussian_mixture": GaussianMixture, "sd15": SD15},
@@ -60,6 +63,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "mpgd": MPGD,
         "smc": SMC,
         "svdd": SVDD,
+        "classifier_free": ClassifierFreeGuidance,
     },
 }
 """What can be chosen on the command line, by group and name."""

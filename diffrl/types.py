@@ -105,6 +105,14 @@ class Reward(Protocol):
         ...
 
 
+class LabelledReward(Reward, Protocol):
+    """A reward with classes: every picture has a true label."""
+
+    def draw_label(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a label of each picture, drawn from the true p(y|x), `[N, A]`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """N whole episodes. Tensors carry a graph where the rollout was asked for gradients."""

@@ -33,6 +33,11 @@ class ClosedForm:
         """Return log p(y|x) of each point's own label, nats, `[N]`; 0 where it is NO_LABEL."""
         return of_label(self.log_prob(images), context)
 
+    def draw_label(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a label of each point, drawn from p(y|x), if need be normalised over y, `[N, 1]`."""
+        chances = self.log_prob(images).softmax(1).to(generator.device)
+        return chances.multinomial(1, generator=generator)
+
     def true_class(self, images: Tensor) -> Tensor:
         """Return the likeliest label of each point, `[N]`, on the CPU."""
         return self.log_prob(images).argmax(1).cpu()

@@ -99,6 +99,10 @@ class LogLikelihood(nn.Module):
         """Return the class by the true measure, never by the classifier, `[N]`."""
         return class_of(self.measure(images), self.edges.cpu())
 
+    def draw_label(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the true class, `[N, 1]`: nothing is random about it."""
+        return self.true_class(images)[:, None]
+
     def log_z(self, gamma: float) -> Tensor | None:
         """Return the Monte Carlo estimate of log E_ref[exp(gamma r)] for each class, `[K]`, nats.
 

@@ -1,0 +1,98 @@
+"""Classifier-free training: the denoiser learns p(x|c, y) from labelled pictures, c or y left out at times.
+
+Sources: classifier-free guidance, arXiv:2207.12598; with a label beside the prompt it is the baseline of
+CTRL, arXiv:2406.12120, section 6. Shapes: B pictures.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from diffrl.algorithms.base import Algorithm
+from diffrl.algorithms.denoising import denoising_loss
+from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.errors import DiffRLError
+from diffrl.policy import Policy, Pretrained
+from diffrl.rollout import rollout
+from diffrl.types import NO_LABEL, LabelledReward, Trajectory
+
+
+@dataclass
+class ClassifierFree(Algorithm):
+    """Fit E|eps - eps_theta(x_t, t, c, y)|^2 to the pretrained model's pictures and their true labels.
+
+    Its limit is p(x|c, y) itself; `guidance=classifier_free` sharpens it in y. One update is a round of
+    `batch_size` labelled pictures, fitted `epochs` times; `updates=1` is a data set of that size. Neither a
+    reward's gradient nor a classifier is used. Differs from CTRL's baseline, which trains the whole U-Net
+    without a null label; `drop_label=0 drop_prompt=0` leaves nothing out, as it does.
+    """
+
+    updates: int = 8
+    batch_size: int = 512
+    micro_batch_size: int = 64
+    learning_rate: float = 1e-3  # of the LoRA weights
+    embedding_learning_rate: float = 1e-2
+    epochs: int = 4  # over the pictures of a round
+    fit_batch_size: int = 32  # pictures an optimiser step
+    drop_label: float = 0.1  # the share of pictures whose label is left out
+    drop_prompt: float = 0.1  # the share whose prompt is, independently
+
+    needs_gradient: ClassVar[bool] = False
+    needs_noise: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "fit_batch_size"):
+            if getattr(self, name) < 1:
+                raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be 1 or more.")
+        for name in ("drop_label", "drop_prompt"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be 0 or more and below 1.")
+
+    @property
+    def target_gamma(self) -> float | None:
+        """The posterior itself."""
+        return 1.0
+
+    def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
+        """Return one micro-batch of the pretrained model's episodes, each with its picture's own label."""
+        drawn = rollout(env, Pretrained(policy), generator)
+        reward = cast(LabelledReward, env.reward)  # `needs_labels` has been checked
+        label = reward.draw_label(drawn.images, generator).to(drawn.images.device)
+        return replace(drawn, context=replace(drawn.context, label=label))
+
+    def update(
+        self, trajectories: Iterable[Trajectory], policy: Policy, optimizer: Optimizer
+    ) -> dict[str, float]:
+        """Fit the denoiser to the round's pictures."""
+        batch = Trajectory.cat(list(trajectories))
+        total, steps, norms = 0.0, 0, {}
+        for _ in range(self.epochs):
+            for samples in torch.randperm(len(batch.context)).split(self.fit_batch_size):
+                for part in samples.split(self.micro_batch_size):
+                    embeds, label = self._dropped(batch, part, policy)
+                    x_0 = batch.latents[-1][part]
+                    loss = denoising_loss(policy, x_0, embeds, label).sum() / len(samples)
+                    loss.backward()
+                    total += float(loss.detach())
+                norms = self.step(policy, optimizer)
+                steps += 1
+        return norms | {
+            "rollout/reward_mean": float(batch.reward.mean()),
+            "train/loss": total / steps,
+        }
+
+    def _dropped(self, batch: Trajectory, part: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+        """Return prompts and labels of `part`, some of each replaced by the null ones."""
+        part = part.to(batch.latents.device)
+        embeds, label = batch.context.prompt_embeds[part], batch.context.label[part]
+        no_prompt, no_label = (
+            (torch.rand(len(part)) < share).to(part.device) for share in (self.drop_prompt, self.drop_label)
+        )
+        embeds = torch.where(no_prompt[:, None, None], policy.null_embeds, embeds)
+        return embeds, label.masked_fill(no_label[:, None], NO_LABEL)

@@ -1,0 +1,40 @@
+"""Classifier-free guidance in the label: away from what the policy draws without it.
+
+Source: arXiv:2207.12598; with a scale each for prompt and label, arXiv:2211.09800, eq. 3.
+Shapes: N samples. Notation: e(c, y) the noise prediction, 0 where prompt or label is left out.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from diffrl.algorithms.guidance.base import Guidance, check_positive
+from diffrl.types import NO_LABEL, ActorStep, Observation, draw
+
+
+@dataclass
+class ClassifierFreeGuidance(Guidance):
+    """eps = e(c, 0) + s (e(c, y) - e(c, 0)), each with the model's own guidance by the prompt.
+
+    With that at scale w, it is the three-way e(0, 0) + w (e(c, 0) - e(0, 0)) + w s (e(c, y) - e(c, 0)). For
+    a policy that knows its label: `algo=classifier_free`, or any other. Above 1 the law is sharper than
+    p(x|c, y), and no power of it.
+    """
+
+    scale: float = 2.0  # s; 1 is the policy itself
+
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_positive("scale", self.scale)
+
+    @torch.no_grad()
+    def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
+        """Return a draw from the guided step."""
+        eps = self.policy.noise(obs)
+        if self.scale != 1.0:
+            without = self.policy.noise({**obs, "label": torch.full_like(obs["label"], NO_LABEL)})
+            eps = without + self.scale * (eps - without)
+        law = self.schedule.step(obs["latents"], eps, obs["timestep"])
+        return ActorStep(draw(law, generator), law)

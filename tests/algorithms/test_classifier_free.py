@@ -1,0 +1,115 @@
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_close
+from test_guidance import attach, law_of, state
+from toy import Recorder, ToyEnv, ToyPolicy
+
+from diffrl.algorithms.classifier_free import ClassifierFree
+from diffrl.algorithms.guidance.base import Unguided
+from diffrl.algorithms.guidance.classifier_free import ClassifierFreeGuidance
+from diffrl.cli import main
+from diffrl.errors import DiffRLError
+from diffrl.rewards.closed_form import Softmax
+from diffrl.types import NO_LABEL
+
+
+class SignEnv(ToyEnv):
+    """The true label of a point is whether it is positive, whatever the env asked for."""
+
+    reward = SimpleNamespace(draw_label=lambda images, generator: (images.flatten(1)[:, :1] > 0).long())
+
+
+class NullPromptPolicy(ToyPolicy):
+    null_embeds = torch.full((1, 1, 1), 7.0)
+
+
+def collected(count=64):
+    policy = NullPromptPolicy()
+    policy.theta.data += 5.0  # what the pretrained model draws does not depend on it
+    env = SignEnv(policy.schedule, count)
+    return policy, ClassifierFree().collect(env, policy, torch.Generator().manual_seed(0))
+
+
+def test_pictures_are_the_pretrained_models_and_labels_their_own():
+    _, batch = collected()
+    assert batch.latents[-1].mean().abs() < 0.5
+    assert torch.equal(batch.context.label, (batch.images.flatten(1)[:, :1] > 0).long())
+
+
+def test_labels_and_prompts_are_left_out_in_their_shares_independently():
+    torch.manual_seed(0)
+    policy, batch = collected(4000)
+    algorithm = ClassifierFree(drop_label=0.3, drop_prompt=0.1)
+    embeds, label = algorithm._dropped(batch, torch.arange(4000), policy)
+    no_label, no_prompt = label[:, 0] == NO_LABEL, embeds.flatten() == 7.0
+    assert_close(no_label.float().mean(), 0.3, atol=0.03)
+    assert_close(no_prompt.float().mean(), 0.1, atol=0.02)
+    assert_close((no_label & no_prompt).float().mean(), 0.03, atol=0.01)
+    assert torch.equal(label[~no_label], batch.context.label[~no_label])
+    whole = replace(algorithm, drop_label=0.0, drop_prompt=0.0)._dropped(batch, torch.arange(4000), policy)
+    assert torch.equal(whole[1], batch.context.label)
+    assert not whole[0].any()
+
+
+def test_the_gradient_is_that_of_the_denoising_error_of_each_label():
+    """eps_theta = theta_y, so d/dtheta_y E[(theta_y - noise)^2] = 2 E[(theta_y - noise) 1_y]."""
+    policy, batch = collected(6)
+    algorithm = ClassifierFree(
+        epochs=1, batch_size=6, fit_batch_size=6, micro_batch_size=6, max_grad_norm=1e9,
+        drop_label=0.0, drop_prompt=0.0,
+    )  # fmt: skip
+    recorder = Recorder(policy)
+    torch.manual_seed(3)
+    algorithm.update([batch], policy, recorder)
+    torch.manual_seed(3)
+    order, by_hand = torch.randperm(6), torch.zeros(2, dtype=torch.float64)
+    torch.rand(6), torch.rand(6), torch.randint(1000, (6,))
+    noise = torch.randn(6, 1, 1, 1).double().flatten()
+    for y, n in zip(batch.context.label[order, 0].tolist(), noise, strict=True):
+        by_hand[y] += 2 * (policy.theta.detach()[y] - n) / 6
+    assert_close(recorder.gradients[0], by_hand, atol=1e-6)
+
+
+def test_labels_of_points_are_drawn_from_the_classifier():
+    points = torch.full((20_000, 1, 1, 1), 0.4)  # p(y=1|x) = sigmoid(0.6)
+    label = Softmax().draw_label(points, torch.Generator().manual_seed(0))
+    assert label.shape == (20_000, 1)
+    assert_close(label.float().mean(), torch.sigmoid(torch.tensor(0.6)), atol=0.01)
+
+
+def test_it_comes_close_to_the_posterior_of_the_solvable_model(tmp_path):
+    words = ["algo=classifier_free", "env=gaussian_mixture", "algo.updates=4", "algo.epochs=5"]
+    words += ["env.num_steps=50", "algo.batch_size=2048", "algo.micro_batch_size=2048", f"root={tmp_path}"]
+    assert main(["train", "name=one", *words]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    tv = [line["exact/tv"] for line in lines if "exact/tv" in line]
+    assert tv[-1] < 0.2 < 0.4 < tv[0]
+
+
+class TestGuidance:
+    def test_scale_one_is_the_policy_to_the_bit_at_no_extra_call(self):
+        observation = state()
+        one, plain = (attach(g, 5)[0] for g in (ClassifierFreeGuidance(scale=1.0), Unguided()))
+        assert torch.equal(law_of(one, observation).mean, law_of(plain, observation).mean)
+        assert one.policy.num_calls == 5
+
+    def test_the_label_is_weighed_against_its_absence(self):
+        """A policy whose eps is its label (-1 without one): e(0) + s (e(y) - e(0)) = -1 + 3 (1 + 1)."""
+        observation = state()
+        observation["label"][:] = 1
+        actor, _ = attach(ClassifierFreeGuidance(scale=3.0), 5)
+        actor.policy.noise = lambda obs: obs["label"].double().view(-1, 1, 1, 1)
+        expected = actor.schedule.step(
+            observation["latents"], torch.full((5, 1, 1, 1), 5.0).double(), observation["timestep"]
+        )
+        assert_close(law_of(actor, observation).mean, expected.mean, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 0}, {"drop_label": 1.0}, {"drop_prompt": -0.1}])
+def test_bad_settings_are_named(settings):
+    with pytest.raises(DiffRLError, match=next(iter(settings))):
+        ClassifierFree(**settings)
