@@ -309,11 +309,15 @@ def _show(measures: dict[str, Any], edges: list[float] | None) -> None:
         said += [f"KL {measures['kl_nats']:.1f} nats"]
     if "prompt_fidelity" in measures:
         said += [f"prompt fidelity {measures['prompt_fidelity']:.3f}"]
+    for name in ("diversity", "brisque", "clip_score"):
+        if isinstance(measures[name], float):
+            said += [f"{name} {measures[name]:.3g}"]
     console.print(", ".join(said))
-    console.print(
-        f"{measures['n']} pictures, {measures['nfe_per_image']:.0f} network calls and "
-        f"{measures['seconds_per_image']:.3f} s a picture"
+    asked = measures["reward_calls_per_image"]
+    calls = f"{measures['nfe_per_image']:.0f} network calls" + (
+        f", {asked:.0f} reward calls" if asked else ""
     )
+    console.print(f"{measures['n']} pictures, {calls} and {measures['seconds_per_image']:.3f} s a picture")
 
 
 def _control_table(measures: dict[str, Any], edges: list[float]) -> Any:

@@ -83,6 +83,7 @@ class Config:
     policy: LoRA = field(default_factory=LoRA)
     prompts: str = "simple_animals"  # a list by name, or a text file with one prompt per line
     dataset: str | None = None  # folder of pictures to fit the reward on; null: drawn from the model
+    clip: str | None = None  # folder of a CLIP model, for CLIPScore
     seed: int = 0
     name: str = ""  # of the run's folder; empty: from algo, env, reward and seed
     root: str = "runs"  # where runs are kept

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffrl.algorithms.guidance.base import Guidance
 from diffrl.log import grid
 from diffrl.policy import Pretrained
+from diffrl.quality import brisque, clip_score, diversity
 from diffrl.rewards.jpeg import jpeg_kilobytes
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.prompt_fidelity import PromptFidelity
@@ -29,20 +30,22 @@ def evaluate(
     gamma: float,
     seed: int = 42,
     judge: PromptFidelity | None = None,
+    clip: str | None = None,
 ) -> dict[str, Any]:
     """Return the measures of a policy, guided or not, over `num_pictures` of the actor's env.
 
-    Of any reward: its mean and standard deviation, KL in nats (null where a step has no density), prompt
-    fidelity where there is a judge, cost. Of a control, with labels in equal blocks, what `_control` and
-    `_optimality` return. Noise and prompts come from `seed` alone: an evaluation neither reads nor moves a
-    generator of training.
+    Of any reward: its mean and standard deviation, KL in nats (null where a step has no density), the
+    measures of `diffrl.quality`, prompt fidelity where there is a judge, cost. Of a control, with labels in
+    equal blocks, what `_control` and `_optimality` return. Noise and prompts come from `seed` alone: an
+    evaluation neither reads nor moves a generator of training.
     """
     env = actor.env
     generator = torch.Generator(env.device).manual_seed(seed)
     counts = env.reward.num_classes
     target = torch.arange(num_pictures) * (counts[0] if counts else 0) // num_pictures
     reference = actor.policy.reference if env.schedule.eta > 0 else None
-    rewards, kl, guess, faithful = [], [], [], []
+    rewards, kl, drawn = [], [], []
+    prompts: list[str] = []
     at_once = env.num_envs // actor.population
     for start in range(0, num_pictures, at_once):
         # the last batch is filled up and trimmed: N is fixed
@@ -51,14 +54,12 @@ def evaluate(
         first = seed if start == 0 else None
         trajectory = rollout(env, actor, generator, reference=reference, seed=first, options=options)
         kept = actor.chosen(generator)[: num_pictures - start]
-        images = trajectory.images[kept]
         rewards.append(trajectory.reward[kept].cpu())
         if trajectory.kl is not None:
             kl.append(trajectory.kl.sum(0)[kept].cpu())
-        if isinstance(env.reward, LogLikelihood):
-            guess.append(env.reward.true_class(images))
-        if judge is not None:
-            faithful.append(judge(images, [trajectory.context.prompts[i] for i in kept.tolist()]).cpu())
+        drawn.append(trajectory.images[kept])
+        prompts += [trajectory.context.prompts[i] for i in kept.tolist()]
+    images = torch.cat(drawn)
     reward = torch.cat(rewards)
     measures: dict[str, Any] = {
         "reward_mean": float(reward.mean()),
@@ -67,11 +68,16 @@ def evaluate(
         "n": num_pictures,
     }
     if isinstance(env.reward, LogLikelihood):
-        measures |= _control(env.reward, target, torch.cat(guess), reward)
+        measures |= _control(env.reward, target, env.reward.true_class(images), reward)
         if kl:
             measures |= _optimality(env.reward, target, gamma * reward - torch.cat(kl), gamma)
     if judge is not None:
-        measures["prompt_fidelity"] = float(torch.cat(faithful).float().mean())
+        measures["prompt_fidelity"] = float(judge(images, prompts).float().mean())
+    measures |= {
+        "diversity": diversity(images, list(zip(prompts, target.tolist(), strict=True))),
+        "brisque": brisque(images),
+        "clip_score": clip_score(images, prompts, clip),
+    }
     return measures | _cost(actor, seed)
 
 

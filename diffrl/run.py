@@ -141,7 +141,8 @@ def measure(
     judge = load_judge(setup.config.env.model)
     if judge is not None:
         judge.to(setup.device)
-    return evaluate(actor, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge)
+    clip = setup.config.clip
+    return evaluate(actor, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge, clip=clip)
 
 
 def pretrained(config: Config) -> tuple[Setup, Policy, Reward]:

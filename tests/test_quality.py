@@ -1,0 +1,85 @@
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_close
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from diffrl.benchmarks.pretrain_emoji import make_tokenizer
+from diffrl.quality import brisque, clip_score, diversity
+
+
+def flat(*values):
+    return torch.stack([torch.full((3, 4, 4), value) for value in values])
+
+
+class TestDiversity:
+    def test_pairs_of_a_group_only_count(self):
+        """Distances .2 within a, none within b, which has one; .9 apart across groups."""
+        assert_close(diversity(flat(0.1, 0.3, 1.0), ["a", "a", "b"]), 0.2, atol=1e-6)
+
+    def test_it_is_the_mean_over_pairs(self):
+        """0, .3, .9: distances .3, .6, .9."""
+        assert_close(diversity(flat(0.0, 0.3, 0.9), ["a"] * 3), 0.6, atol=1e-6)
+
+    def test_one_picture_a_group_says_nothing(self):
+        assert diversity(flat(0.1, 0.3), ["a", "b"]) is None
+
+
+class TestBrisque:
+    def test_without_the_package_it_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "piq", None)
+        assert brisque(flat(0.1)) == "not available: pip install 'diffrl[metrics]'"
+
+    def test_pictures_are_handed_over_in_their_range(self, monkeypatch):
+        def score(images, data_range, reduction):
+            assert (data_range, reduction) == (1.0, "mean")
+            return images.mean() * 100
+
+        monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(brisque=score))
+        assert_close(brisque(flat(0.2, 0.4)), 30.0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A random CLIP model of a hundred weights or so, in its own layout."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = make_tokenizer(["cat", "dog"])
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    end = tokenizer.eos_token_id
+    text = CLIPTextConfig(
+        **size, vocab_size=len(tokenizer), max_position_embeddings=16, eos_token_id=end,
+        bos_token_id=end - 1, pad_token_id=end,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(**size, image_size=16, patch_size=8)
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sides = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(**sides).save_pretrained(folder)
+    return folder
+
+
+class TestClipScore:
+    def test_it_is_a_hundred_times_the_mean_cosine(self, clip):
+        images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        words = ["cat", "dog", "cat"]
+        model = CLIPModel.from_pretrained(clip)
+        from transformers import CLIPProcessor
+
+        processor = CLIPProcessor.from_pretrained(clip)
+        cosines = []
+        for image, word in zip(images, words, strict=True):
+            pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
+            out = model(**processor(text=[word], images=[pixels], return_tensors="pt"))
+            cosines.append(float((out.logits_per_image / model.logit_scale.exp()).detach()))
+        expected = max(100 * sum(cosines) / 3, 0.0)
+        assert_close(clip_score(images, words, str(clip)), expected, atol=1e-3)
+
+    @pytest.mark.parametrize("model", [None, "nowhere"])
+    def test_without_a_model_it_says_what_to_give(self, model):
+        assert "clip=PATH" in clip_score(flat(0.1), ["cat"], model)
