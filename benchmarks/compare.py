@@ -1,7 +1,7 @@
-"""Suites: rows of settings, some seeds each, every cell a training run in a process of its own.
+"""Running a suite: every cell a training run in a process of its own, resumed, tuned, verified.
 
-A suite is a YAML file of `diffrl/conf/suite/`, or any file of that form. Each cell has a folder, so that a
-suite goes on where it stopped: a cell that is done for the same settings is not run again.
+Each cell has a folder, so that a suite goes on where it stopped: a cell that is done for the same settings
+is not run again.
 """
 
 import json
@@ -9,113 +9,39 @@ import math
 import multiprocessing
 import os
 import platform
-import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
 import torch
-import yaml
-from PIL import Image
-from rich import box
-from rich.table import Table
 
 from diffrl import __version__, config, run
+from diffrl.benchmarks.suites import Cell, Suite
+from diffrl.benchmarks.summary import first_of, summarise
 from diffrl.build import check
-from diffrl.errors import DiffRLError, unknown
+from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
-from diffrl.plot import Line, learning
 
-SPENT = {"pictures drawn": "pictures", "network calls": "network_calls", "seconds": "seconds"}
 _CELL_FILE = "cell.json"
-_LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Suite:
-    """What is compared, and which of its measures are shown.
-
-    Raises:
-        DiffRLError: a value of the wrong form.
-    """
-
-    rows: dict[str, list[str]]  # `key=value` words of each method
-    columns: dict[str, Any]  # measures of the table, by heading; of a list, the first that a row has
-    settings: list[str] = field(default_factory=list)  # words of every row
-    seeds: int = 3  # 0, 1, ...
-    curve: dict[str, str] = field(default_factory=dict)  # the one measure that is drawn, by its name
-
-    def __post_init__(self) -> None:
-        for name, kind in (("rows", dict), ("columns", dict), ("settings", list), ("curve", dict)):
-            if not isinstance(getattr(self, name), kind):
-                wanted = "a list of key=value words" if kind is list else "a mapping"
-                raise DiffRLError(f"{name}: {getattr(self, name)!r} is not {wanted}.")
-        for row, words in self.rows.items():
-            if not isinstance(words, list):
-                raise DiffRLError(f"rows: {row}: {words!r} is not a list of key=value words.")
-        if len(self.curve) > 1:
-            raise DiffRLError(f"curve: {list(self.curve)} are {len(self.curve)} measures; give one.")
-        if not isinstance(self.seeds, int) or self.seeds < 1:
-            raise DiffRLError(f"seeds: {self.seeds!r} must be a whole number, 1 or more.")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row of a suite with one seed."""
-
-    row: str
-    seed: int
-    words: list[str]
-
-    @property
-    def name(self) -> str:
-        """The name of its folder."""
-        return re.sub(r"[^\w.]+", "-", self.row) + f"-seed{self.seed}"
-
-
-def suites() -> dict[str, Path]:
-    """Return the suites that come with diffrl, by name."""
-    return {path.stem: path for path in sorted((config.CONF / "suite").glob("*.yaml"))}
-
-
-def load(name: str) -> Suite:
-    """Return the suite of that name, or of that YAML file.
-
-    Raises:
-        DiffRLError: no such suite or file, a key that no suite has, a value of the wrong form.
-    """
-    path = suites().get(name, Path(name))
-    if not path.is_file():
-        raise unknown("suite", name, suites())
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise DiffRLError(f"{type(stored).__name__} instead of a mapping.")
-        known = [each.name for each in fields(Suite)]
-        for key in stored:
-            if key not in known:
-                raise unknown("key", key, known)
-        for key in ("rows", "columns"):
-            if not stored.get(key):
-                raise DiffRLError(f"{key}: missing or empty.")
-        return Suite(**stored)
-    except (DiffRLError, yaml.YAMLError) as error:
-        raise DiffRLError(f"{path}: not a suite: {' '.join(str(error).split())}") from error
 
 
 def compare(
-    suite: Suite, folder: Path, *, words: list[str], seeds: int | None = None, jobs: int = 2
-) -> list[dict[str, Any]]:
-    """Run every cell that is not done yet, and return the records of all, in the suite's order.
+    suite: Suite,
+    folder: Path,
+    *,
+    words: list[str],
+    seeds: int | None = None,
+    jobs: int = 2,
+    quick: bool = False,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run every cell that is not done yet.
 
     Args:
         suite: what to run.
@@ -123,6 +49,10 @@ def compare(
         words: further settings of every cell; none that a row or a cell sets itself.
         seeds: instead of the suite's own number.
         jobs: cells at a time; they share the cores.
+        quick: one seed, no tuning, and the suite's words for it: a look, not a result.
+
+    Returns:
+        The records of all cells, in the suite's order, and those of the trials that tuned them.
     """
     own = {"seed", "name", "root", *(_key(word) for row in suite.rows.values() for word in row)}
     for word in words:
@@ -130,16 +60,77 @@ def compare(
             raise DiffRLError(
                 f"{word}: the suite sets {_key(word)} itself; change it in a suite of your own."
             )
-    cells = [
-        Cell(row, seed, [*suite.settings, *chosen, *words, f"seed={seed}"])
-        for row, chosen in suite.rows.items()
-        for seed in range(seeds or suite.seeds)
-    ]
-    wanted = {cell.name: _settings(cell, folder) for cell in cells}  # before an hour is spent on the first
-    if len(wanted) < len(cells):
-        names = [cell.name for cell in cells]
-        twice = [cell.row for cell in cells if names.count(cell.name) > 1]
-        raise DiffRLError(f"rows: {' and '.join(map(repr, dict.fromkeys(twice)))} name the same folder.")
+    rows = {row: [*suite.settings, *chosen, *words] for row, chosen in suite.rows.items()}
+    _wanted([Cell(row, 0, chosen) for row, chosen in rows.items()], folder)  # before an hour of trials
+    trials: list[dict[str, Any]] = []
+    if quick:
+        hurry = suite.quick
+        rows = {row: [*chosen, *hurry.get("all", []), *hurry.get(row, [])] for row, chosen in rows.items()}
+    else:
+        grids = {row: (key, values) for row, grid in suite.tune.items() for key, values in grid.items()}
+        cells = [
+            Cell(f"{row} {key}={value}", 0, [*rows[row], *suite.tune_settings, f"{key}={value}", "seed=0"])
+            for row, (key, values) in grids.items()
+            for value in values
+        ]
+        trials = _run_all(cells, folder / "tune", jobs)
+        for row, (key, values) in grids.items():
+            mine = [
+                trial for trial in trials if trial["row"] in [f"{row} {key}={value}" for value in values]
+            ]
+            best = max(mine, key=lambda trial: _score(trial, suite.tune_by))
+            rows[row] = [*rows[row], best["row"].removeprefix(f"{row} ")]
+    number = seeds or (1 if quick else suite.seeds)
+    cells = [Cell(row, seed, [*rows[row], f"seed={seed}"]) for row in rows for seed in range(number)]
+    return _run_all(cells, folder, jobs), trials
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a suite's finished cells."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{_CELL_FILE}"))]
+
+
+def _score(trial: dict[str, Any], measure: str) -> float:
+    """Return a trial's last value of a measure; the least of all numbers for one that failed."""
+    return trial["points"][-1][measure] if "points" in trial else -math.inf
+
+
+def verify(suite: Suite, folder: Path, records: list[dict[str, Any]], choice: int) -> list[str]:
+    """Run a finished cell once more and return what lies outside its row's 95% interval, a line each.
+
+    Args:
+        suite: whose columns are looked at.
+        folder: of the suite's cells.
+        records: of its cells, as `compare` returns them.
+        choice: which of the finished cells, any number.
+    """
+    finished = [record for record in records if "points" in record]
+    if not finished:
+        raise DiffRLError(f"{folder}: no cell is finished; run 'diffrl compare' first.")
+    stored = finished[choice % len(finished)]
+    cell = Cell(stored["row"], stored["seed"], stored["words"])
+    again = folder / "verify"
+    shutil.rmtree(again / cell.name, ignore_errors=True)
+    console.print(f"running {cell.name} once more")
+    (new,) = _run_all([cell], again, 1)
+    row = next(row for row in summarise("", finished) if row["method"] == cell.row)
+    wrong = []
+    for measures in suite.columns.values():
+        measure = first_of(measures, row)
+        if measure not in row:
+            continue
+        value, before = _score(new, measure), _score(stored, measure)
+        margin = max(row[f"{measure}_ci95"] or 0.0, 1e-6 * abs(before))  # of one seed: the same number
+        if abs(value - row[measure]) > margin and abs(value - before) > margin:
+            wrong.append(
+                f"{cell.name}: {measure} is {value:.4g}, was {before:.4g}, mean {row[measure]:.4g}"
+            )
+    return wrong
+
+
+def _run_all(cells: list[Cell], folder: Path, jobs: int) -> list[dict[str, Any]]:
+    """Run the cells that are not done; return the records of all, in their order."""
+    wanted = _wanted(cells, folder)
     records = {cell.name: _finished(cell, folder, wanted[cell.name]) for cell in cells}
     todo = [cell for cell in cells if records[cell.name] is None]
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,6 +156,16 @@ def compare(
         failure = {"row": cell.row, "seed": cell.seed, "failed": True}
         records[cell.name] = _finished(cell, folder, wanted[cell.name]) or failure
     return [record for record in records.values() if record]
+
+
+def _wanted(cells: list[Cell], folder: Path) -> dict[str, config.Config]:
+    """Return what each cell trains with, by its name; every mistake in a suite shows here."""
+    wanted = {cell.name: _settings(cell, folder) for cell in cells}
+    if len(wanted) < len(cells):
+        names = [cell.name for cell in cells]
+        twice = [cell.row for cell in cells if names.count(cell.name) > 1]
+        raise DiffRLError(f"rows: {' and '.join(map(repr, dict.fromkeys(twice)))} name the same folder.")
+    return wanted
 
 
 def _key(word: str) -> str:
@@ -241,110 +242,3 @@ def provenance() -> dict[str, str]:
         "python": sys.version.split()[0],
         "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
     }
-
-
-def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one record a row: of every measure of the last evaluation the mean over seeds.
-
-    `<measure>_ci95` is half the width of Student's 95% interval of that mean, null with one seed;
-    `<measure>_max` the largest of the seeds.
-    """
-    rows = []
-    for row in dict.fromkeys(record["row"] for record in records):
-        mine = [record for record in records if record["row"] == row]
-        finished = [record for record in mine if "points" in record]
-        summary = {
-            "suite": suite,
-            "method": row,
-            "n_seeds": len(finished),
-            "failed": len(mine) - len(finished),
-        }
-        if finished:
-            summary |= {"minutes": statistics.mean(record["minutes"] for record in finished)}
-            for name, values in _columns([record["points"][-1] for record in finished]).items():
-                mean, half = interval(values)
-                summary |= {name: mean, f"{name}_ci95": half, f"{name}_max": max(values)}
-        rows.append(summary)
-    return rows
-
-
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """Return the mean and half the width of Student's 95% interval; None for a single value."""
-    mean, count = statistics.mean(values), len(values)
-    if count < 2:
-        return mean, None
-    error = statistics.stdev(values) / math.sqrt(count)
-    return mean, float(scipy.stats.t.ppf((1 + _LEVEL) / 2, count - 1)) * error
-
-
-def _columns(points: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Return the numbers that all of the points have, by name."""
-    shared = [n for n, v in points[0].items() if all(isinstance(p.get(n), int | float) for p in points)]
-    return {name: [point[name] for point in points] for name in shared}
-
-
-def table(suite: Suite, rows: list[dict[str, Any]]) -> Table:
-    """Return the suite's columns of each row as Markdown, mean and interval; a failure shows as one."""
-    shown = Table(box=box.MARKDOWN)
-    shown.add_column("method", no_wrap=True)
-    for heading in (*suite.columns, *SPENT):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    spent = [f"spent/{name}" for name in SPENT.values()]
-    for row in rows:
-        cells = [_with_interval(row, _first(measure, row)) for measure in suite.columns.values()]
-        cells += [f"{row[name]:,.0f}" if name in row else "-" for name in spent]
-        failed = f" ({row['failed']} failed)" if row["failed"] else ""
-        shown.add_row(row["method"] + failed, *cells)
-    return shown
-
-
-def _first(measures: str | list[str], row: dict[str, Any]) -> str:
-    """Return the one measure, or the first of several that a row has."""
-    several = [measures] if isinstance(measures, str) else measures
-    return next((measure for measure in several if measure in row), several[0])
-
-
-def _with_interval(row: dict[str, Any], measure: str) -> str:
-    if measure not in row:
-        return "-"
-    value, half = row[measure], row[f"{measure}_ci95"]
-    form = ",.0f" if abs(value) >= 100 else ".3f"
-    return f"{value:{form}}" + ("" if half is None else f" ± {half:{form}}")
-
-
-def draw(suite: Suite, records: list[dict[str, Any]]) -> Image.Image:
-    """Return the suite's measure against what was spent, one panel a currency, one line a row."""
-    (name, measure), *_ = suite.curve.items()
-    panels: dict[str, list[Line]] = {}
-    for heading, currency in SPENT.items():
-        for row in suite.rows:
-            runs = [r["points"] for r in records if r["row"] == row and "points" in r]
-            if not runs:
-                continue
-            steps = list(zip(*runs, strict=True))  # of the same settings: evaluated at the same updates
-            middle, half = zip(*(interval([p[measure] for p in step]) for step in steps), strict=True)
-            spent = [statistics.mean(p[f"spent/{currency}"] for p in step) for step in steps]
-            band = [h or 0.0 for h in half]
-            panels.setdefault(heading, []).append(Line(row, spent, list(middle), band))
-    return learning(panels, name)
-
-
-def report(name: str, suite: Suite, records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """Write `<name>.json` and, if the suite has a curve, `<name>.png`; return the rows.
-
-    Raises:
-        DiffRLError: a column or the curve is a measure that no cell has.
-    """
-    rows = summarise(name, records)
-    out.mkdir(parents=True, exist_ok=True)
-    stored = {"suite": name, "settings": asdict(suite), "rows": rows, "cells": records}
-    (out / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-    known = {measure for row in rows for measure in row}
-    if any(row["n_seeds"] for row in rows):
-        for measures in (*suite.columns.values(), *suite.curve.values()):
-            several = [measures] if isinstance(measures, str) else measures
-            if not known & set(several):
-                raise unknown("measure", several[0], [m for m in known if "/" in m])
-        if suite.curve:
-            draw(suite, records).save(out / f"{name}.png")
-    return rows

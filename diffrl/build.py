@@ -46,6 +46,7 @@ class Setup:
         self.config = config
         self.device = _device(config.device)
         self.prompts = load_prompts(config.prompts)
+        self.eval_prompts = load_prompts(config.eval_prompts or config.prompts)
         self.backbone: Backbone = config.env.load().to(self.device)
         self.schedule = DDIMSchedule(self.backbone.scheduler, config.env.num_steps, config.env.eta).to(
             self.device
@@ -71,9 +72,10 @@ class Setup:
         )
 
     def make_guided(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:
-        """Return the chosen guidance of `policy`, in an env that draws so many pictures at a time."""
+        """Return what evaluations draw with: `policy` under its guidance, `num_pictures` at a time."""
         guidance = self.config.guidance
         env = self.make_env(reward, num_pictures * guidance.population, guidance.population)
+        env.prompts = self.eval_prompts
         return guidance.attach(policy, env)
 
     def generator(self, *stream: int) -> torch.Generator:

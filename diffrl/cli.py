@@ -87,7 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     compare = add(
         "compare", _compare, "train every row of a suite, some seeds each, and show them together"
     )
-    compare.add_argument("words", nargs="*", metavar="key=value", help="suite=NAME, then settings of all")
+    compare.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="suite=NAME, settings of all; 'verify' runs a cell again",
+    )
+    compare.add_argument("--quick", action="store_true", help="one seed, fewer pictures: a look, no result")
     compare.add_argument("--seeds", type=int, help="seeds a row (default: the suite's)")
     compare.add_argument(
         "--jobs", type=int, default=2, help="cells at a time, sharing the cores (default 2)"
@@ -152,27 +158,33 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from diffrl.benchmarks import compare
+    from diffrl.benchmarks import compare, suites, summary
     from diffrl.log import console, print_wide
 
     chosen = [word for word in options.words if word.startswith("suite=")]
     if len(chosen) != 1:
-        raise DiffRLError(f"give one suite, as suite=NAME; known: {', '.join(compare.suites())}.")
+        raise DiffRLError(f"give one suite, as suite=NAME; known: {', '.join(suites.suites())}.")
     for option in ("seeds", "jobs"):
         if (count := getattr(options, option)) is not None and count < 1:
             raise DiffRLError(f"--{option} {count}: must be 1 or more.")
-    words = [word for word in options.words if word not in chosen]
+    words = [word for word in options.words if word not in (*chosen, "verify")]
     path = chosen[0].removeprefix("suite=")
     console.stderr = options.json  # standard output is the records alone
-    suite, name = compare.load(path), Path(path).stem
+    suite, name = suites.load(path), Path(path).stem
+    name += "-quick" if options.quick else ""
     folder = options.root / name
-    records = compare.compare(suite, folder, words=words, seeds=options.seeds, jobs=options.jobs)
-    rows = compare.report(name, suite, records, options.out or folder)
+    if "verify" in options.words:
+        _verify(compare.read(folder), suite, folder)
+        return
+    records, trials = compare.compare(
+        suite, folder, words=words, seeds=options.seeds, jobs=options.jobs, quick=options.quick
+    )
+    rows = summary.report(name, suite, records, trials, options.out or folder)
     if options.json:
         for row in rows:
             print(json.dumps(row))
     else:
-        print_wide(compare.table(suite, rows))
+        print_wide(summary.table(suite, rows))
         console.print(f"{options.out or folder}/{name}.json has every number")
     if any(row["failed"] for row in rows):
         sys.exit(1)
@@ -197,6 +209,20 @@ def _eval(options: argparse.Namespace) -> None:
         _show(measures, reward.edges.tolist() if isinstance(reward, LogLikelihood) else None)
 
 
+def _verify(records: list[dict[str, Any]], suite: Any, folder: Path) -> None:
+    import random
+
+    from diffrl.benchmarks.compare import verify
+    from diffrl.log import console
+
+    wrong = verify(suite, folder, records, random.randrange(1 << 30))
+    for line in wrong:
+        console.print(f"[bold red]differs[/]: {line}")
+    if wrong:
+        sys.exit(1)
+    console.print("every column lies where it was")
+
+
 def _run_folder(words: list[str]) -> Path | None:
     """Return the folder among the words of 'eval' and 'sample', the first, if it is one."""
     if not words:
@@ -211,10 +237,10 @@ def _model(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     folder, words = _run_folder(options.words), options.words
     prompts = getattr(options, "prompts", None)
     if folder is None:
-        words = ["algo=none", *words, *([f"prompts={prompts}"] if prompts else [])]
+        words = ["algo=none", *words, *([f"eval_prompts={prompts}"] if prompts else [])]
         setup, policy, reward = run.pretrained(config.load(words))
     else:
-        overrides = {"prompts": prompts} if prompts else {}
+        overrides: dict[str, Any] = {"eval_prompts": prompts} if prompts else {}
         if guided := words[1:]:
             for word in guided:
                 if not word.startswith("guidance"):
@@ -277,7 +303,7 @@ def _list(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from diffrl import config
-    from diffrl.benchmarks.compare import suites
+    from diffrl.benchmarks.suites import suites
     from diffrl.envs.prompts import LISTS
     from diffrl.log import console
 

@@ -82,6 +82,7 @@ class Config:
     guidance: Any = field(default_factory=Unguided)  # of evaluations and samples; training has none
     policy: LoRA = field(default_factory=LoRA)
     prompts: str = "simple_animals"  # a list by name, or a text file with one prompt per line
+    eval_prompts: str | None = None  # of evaluations, such as eval_animals; null: the same
     dataset: str | None = None  # folder of pictures to fit the reward on; null: drawn from the model
     clip: str | None = None  # folder of a CLIP model, for CLIPScore
     seed: int = 0

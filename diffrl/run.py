@@ -121,7 +121,7 @@ class Run:
         measures = measure(self.setup, self.policy, self.reward, num_pictures)
         self.log.write(update, {f"eval/{name}": value for name, value in measures.items()} | self.spent)
         actor = self.setup.make_guided(self.policy, self.reward, _GRID_ENVS)
-        picture = picture_grid(actor, self.setup.prompts[:_GRID_ENVS])
+        picture = picture_grid(actor, self.setup.eval_prompts[:_GRID_ENVS])
         path = self.log.picture(update, "grid", picture)
         said = [f"reward {measures['reward_mean']:.3f}"]
         said += [f"accuracy {measures['accuracy']:.2f}"] if "accuracy" in measures else []

@@ -340,3 +340,12 @@ def test_a_run_without_training_is_its_evaluation_alone(tiny_path, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines if "eval/accuracy" in line] == [0]
     assert lines[-1]["spent/pictures"] == 0
+
+
+def test_evaluations_have_prompts_of_their_own_if_asked(run, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("bee\n")
+    setup, policy, reward = restore(run, {"eval_prompts": str(words)})
+    assert setup.make_guided(policy, reward, 2).env.prompts == ["bee"]
+    assert setup.make_env(reward, 2).prompts == setup.prompts != ["bee"]
+    assert main(["eval", str(run), "-n", "2", "--prompts", str(words)]) == 0

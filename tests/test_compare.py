@@ -8,7 +8,8 @@ import yaml
 from conftest import assert_close
 from test_cli import fails
 
-from diffrl.benchmarks import compare
+from diffrl import build, config
+from diffrl.benchmarks import suites, summary
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
 
@@ -61,7 +62,7 @@ class TestSuiteFile:
     )
     def test_a_value_of_the_wrong_form_is_refused(self, tmp_path, parts):
         with pytest.raises(DiffRLError, match=r"mine.yaml: not a suite: (rows|columns|seeds): "):
-            compare.load(str(write(tmp_path, **parts)))
+            suites.load(str(write(tmp_path, **parts)))
 
     def test_a_mistake_in_the_last_row_shows_before_the_first_is_run(self, tmp_path, capsys):
         path = write(tmp_path, rows=ROWS | {"last": ["algo.gama=3"]})
@@ -72,26 +73,29 @@ class TestSuiteFile:
         path = write(tmp_path, rows={"rwr sparse": ["algo=rwr"], "rwr, sparse": ["algo=rwr"]})
         assert "'rwr sparse' and 'rwr, sparse' name the same folder" in fails(capsys, *words(path))
 
-    @pytest.mark.parametrize("name", compare.suites())
+    @pytest.mark.parametrize("name", suites.suites())
     def test_the_rows_of_every_suite_are_settings_that_train_takes(self, name):
-        suite = compare.load(name)
-        for row in suite.rows.values():
-            compare.config.load([*suite.settings, *row])
+        suite = suites.load(name)
+        for name, row in suite.rows.items():
+            tried = [f"{key}={v}" for key, vs in suite.tune.get(name, {}).items() for v in vs]
+            for word in [None, *tried]:
+                build.check(config.load([*suite.settings, *row, *([word] if word else [])]))
+            config.load([*suite.settings, *row, *suite.quick.get("all", []), *suite.quick.get(name, [])])
 
 
 class TestTable:
     def test_interval_is_students(self):
-        mean, half = compare.interval([1.0, 2.0, 6.0])
+        mean, half = summary.interval([1.0, 2.0, 6.0])
         assert_close(mean, 3.0, atol=1e-12)
         # t of 2 degrees at .975 is 4.3027; standard deviation sqrt(7)
         assert_close(half, 4.30265 * math.sqrt(7 / 3), atol=1e-4)
-        assert compare.interval([2.5]) == (2.5, None)
+        assert summary.interval([2.5]) == (2.5, None)
 
     def test_a_row_is_the_mean_over_seeds_of_the_last_evaluation(self):
         def cell(seed, last):
             return {"row": "a", "seed": seed, "minutes": 1.0, "points": [{"m": 9.0}, {"m": last, "l": [1]}]}
 
-        (row,) = compare.summarise(
+        (row,) = summary.summarise(
             "s", [cell(0, 1.0), cell(1, 3.0), {"row": "a", "seed": 2, "failed": True}]
         )
         assert (row["suite"], row["method"], row["n_seeds"], row["failed"]) == ("s", "a", 2, 1)
@@ -160,3 +164,67 @@ class TestCells:
             capsys, "compare", f"suite={path}", "--root", root, "--seeds", "1", "--out", str(tmp_path)
         )
         assert "measure=exact/gap_nat: no such measure. Did you mean 'exact/gap_nats'?" in message
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A row tuned over three strengths of guidance, by how probable the label is in the end."""
+    folder = tmp_path_factory.mktemp("tuned")
+    path = write(
+        folder,
+        rows={"guided": ["algo=none", "guidance=reconstruction"], "plain": ["algo=none"]},
+        columns={"log p": ["exact/log_prob", "sampled/log_prob"]},
+        settings=["env=gaussian_mixture", "env.num_steps=20"],
+        tune={"guided": {"guidance.scale": [0.0, 2.0, 0.5]}},
+        tune_by="sampled/log_prob",
+        tune_settings=["env.num_steps=10"],
+        quick={"all": ["env.num_steps=5"], "guided": ["guidance.scale=0.1"]},
+        seeds=1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFRL_CACHE", str(folder / "cache"))
+        main(words(path, "--jobs", "1"))
+    return path
+
+
+class TestTuning:
+    def test_the_best_value_of_the_trials_becomes_the_rows(self, tuned):
+        stored = json.loads((tuned.parent / "cells" / "mine" / "mine.json").read_text())
+        assert [trial["row"].split("=")[-1] for trial in stored["trials"]] == ["0.0", "2.0", "0.5"]
+        scores = [trial["points"][-1]["sampled/log_prob"] for trial in stored["trials"]]
+        assert max(scores) == scores[1]  # stronger guidance, more probable label
+        guided, plain = stored["cells"]
+        assert guided["words"][-2:] == ["guidance.scale=2.0", "seed=0"]
+        assert plain["words"] == [*stored["settings"]["settings"], "algo=none", "seed=0"]
+        assert "env.num_steps=10" in stored["trials"][0]["words"]
+
+    def test_verify_finds_the_same_numbers_and_tells_others(self, tuned, capsys):
+        assert main(words(tuned, "verify")) == 0
+        assert "every column lies where it was" in capsys.readouterr().out
+        folder = tuned.parent / "cells" / "mine"
+        for cell in folder.glob("*/cell.json"):
+            record = json.loads(cell.read_text())
+            name = next(n for n in record["points"][-1] if n.endswith("/log_prob"))
+            record["points"][-1][name] -= 0.5
+            cell.write_text(json.dumps(record))
+        with pytest.raises(SystemExit):
+            main(words(tuned, "verify"))
+        assert "differs" in capsys.readouterr().out
+
+    def test_quick_tunes_nothing_and_has_a_folder_of_its_own(self, tuned):
+        assert main(words(tuned, "--quick", "--jobs", "1")) == 0
+        stored = json.loads((tuned.parent / "cells" / "mine-quick" / "mine-quick.json").read_text())
+        assert "trials" not in stored
+        assert stored["cells"][0]["words"][-3:] == ["env.num_steps=5", "guidance.scale=0.1", "seed=0"]
+
+    @pytest.mark.parametrize(
+        ("parts", "said"),
+        [
+            ({"tune": {"ctrl": {"algo.gamma": [1]}}}, "row=ctrl: no such row"),
+            ({"tune": {"reward only": {"algo.gamma": 1}}}, "not one setting with a list of values"),
+            ({"tune": {"reward only": {}}}, "not one setting with a list of values"),
+            ({"quick": {"nobody": []}}, "row=nobody: no such row"),
+        ],
+    )
+    def test_bad_grids_are_named(self, tmp_path, capsys, parts, said):
+        assert said in fails(capsys, *words(write(tmp_path, **parts)))

@@ -1,0 +1,103 @@
+"""What a suite is: rows of settings, some seeds each, and which measures of them are shown.
+
+A suite is a YAML file of `diffrl/conf/suite/`, or any file of that form.
+"""
+
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffrl import config
+from diffrl.errors import DiffRLError, unknown
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is compared, and which of its measures are shown.
+
+    Raises:
+        DiffRLError: a value of the wrong form.
+    """
+
+    rows: dict[str, list[str]]  # `key=value` words of each method
+    columns: dict[str, Any]  # measures of the table, by heading; of a list, the first that a row has
+    settings: list[str] = field(default_factory=list)  # words of every row
+    seeds: int = 3  # 0, 1, ...
+    curve: dict[str, str] = field(default_factory=dict)  # the one measure that is drawn, by its name
+    # a setting's values to try first, by row: {row: {setting: [values]}}; each trial is a run with seed 0
+    tune: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    tune_settings: list[str] = field(default_factory=list)  # words of every trial besides
+    tune_by: str = "eval/accuracy"  # the value where this measure is the largest is the row's
+    quick: dict[str, list[str]] = field(default_factory=dict)  # words of a row with --quick; `all` of each
+
+    def __post_init__(self) -> None:
+        kinds = dict.fromkeys(("rows", "columns", "curve", "tune", "quick"), dict)
+        for name, kind in {**kinds, "settings": list, "tune_settings": list}.items():
+            if not isinstance(getattr(self, name), kind):
+                wanted = "a list of key=value words" if kind is list else "a mapping"
+                raise DiffRLError(f"{name}: {getattr(self, name)!r} is not {wanted}.")
+        for row, words in self.rows.items():
+            if not isinstance(words, list):
+                raise DiffRLError(f"rows: {row}: {words!r} is not a list of key=value words.")
+        for name in ("tune", "quick"):
+            for row in getattr(self, name):
+                if row not in [*self.rows, "all"]:
+                    raise unknown("row", row, self.rows)
+        for row, grid in self.tune.items():
+            if (
+                not isinstance(grid, dict)
+                or len(grid) != 1
+                or not all(isinstance(v, list) for v in grid.values())
+            ):
+                raise DiffRLError(f"tune: {row}: {grid!r} is not one setting with a list of values.")
+        if len(self.curve) > 1:
+            raise DiffRLError(f"curve: {list(self.curve)} are {len(self.curve)} measures; give one.")
+        if not isinstance(self.seeds, int) or self.seeds < 1:
+            raise DiffRLError(f"seeds: {self.seeds!r} must be a whole number, 1 or more.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a suite with one seed."""
+
+    row: str
+    seed: int
+    words: list[str]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return re.sub(r"[^\w.]+", "-", self.row) + f"-seed{self.seed}"
+
+
+def suites() -> dict[str, Path]:
+    """Return the suites that come with diffrl, by name."""
+    return {path.stem: path for path in sorted((config.CONF / "suite").glob("*.yaml"))}
+
+
+def load(name: str) -> Suite:
+    """Return the suite of that name, or of that YAML file.
+
+    Raises:
+        DiffRLError: no such suite or file, a key that no suite has, a value of the wrong form.
+    """
+    path = suites().get(name, Path(name))
+    if not path.is_file():
+        raise unknown("suite", name, suites())
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise DiffRLError(f"{type(stored).__name__} instead of a mapping.")
+        known = [each.name for each in fields(Suite)]
+        for key in stored:
+            if key not in known:
+                raise unknown("key", key, known)
+        for key in ("rows", "columns"):
+            if not stored.get(key):
+                raise DiffRLError(f"{key}: missing or empty.")
+        return Suite(**stored)
+    except (DiffRLError, yaml.YAMLError) as error:
+        raise DiffRLError(f"{path}: not a suite: {' '.join(str(error).split())}") from error

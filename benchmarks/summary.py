@@ -1,0 +1,130 @@
+"""From the records of a suite's cells to a table, a picture and a file: means and intervals over seeds."""
+
+import json
+import math
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import scipy.stats
+from PIL import Image
+from rich import box
+from rich.table import Table
+
+from diffrl.benchmarks.suites import Suite
+from diffrl.errors import unknown
+from diffrl.plot import Line, learning
+
+SPENT = {"pictures drawn": "pictures", "network calls": "network_calls", "seconds": "seconds"}
+_LEVEL = 0.95
+
+
+def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one record a row: of every measure of the last evaluation the mean over seeds.
+
+    `<measure>_ci95` is half the width of Student's 95% interval of that mean, null with one seed;
+    `<measure>_max` the largest of the seeds.
+    """
+    rows = []
+    for row in dict.fromkeys(record["row"] for record in records):
+        mine = [record for record in records if record["row"] == row]
+        finished = [record for record in mine if "points" in record]
+        summary = {
+            "suite": suite,
+            "method": row,
+            "n_seeds": len(finished),
+            "failed": len(mine) - len(finished),
+        }
+        if finished:
+            summary |= {"minutes": statistics.mean(record["minutes"] for record in finished)}
+            for name, values in _columns([record["points"][-1] for record in finished]).items():
+                mean, half = interval(values)
+                summary |= {name: mean, f"{name}_ci95": half, f"{name}_max": max(values)}
+        rows.append(summary)
+    return rows
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Return the mean and half the width of Student's 95% interval; None for a single value."""
+    mean, count = statistics.mean(values), len(values)
+    if count < 2:
+        return mean, None
+    error = statistics.stdev(values) / math.sqrt(count)
+    return mean, float(scipy.stats.t.ppf((1 + _LEVEL) / 2, count - 1)) * error
+
+
+def _columns(points: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the numbers that all of the points have, by name."""
+    shared = [n for n, v in points[0].items() if all(isinstance(p.get(n), int | float) for p in points)]
+    return {name: [point[name] for point in points] for name in shared}
+
+
+def table(suite: Suite, rows: list[dict[str, Any]]) -> Table:
+    """Return the suite's columns of each row as Markdown, mean and interval; a failure shows as one."""
+    shown = Table(box=box.MARKDOWN)
+    shown.add_column("method", no_wrap=True)
+    for heading in (*suite.columns, *SPENT):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    spent = [f"spent/{name}" for name in SPENT.values()]
+    for row in rows:
+        cells = [_with_interval(row, first_of(measure, row)) for measure in suite.columns.values()]
+        cells += [f"{row[name]:,.0f}" if name in row else "-" for name in spent]
+        failed = f" ({row['failed']} failed)" if row["failed"] else ""
+        shown.add_row(row["method"] + failed, *cells)
+    return shown
+
+
+def first_of(measures: str | list[str], row: dict[str, Any]) -> str:
+    """Return the one measure, or the first of several that a row has."""
+    several = [measures] if isinstance(measures, str) else measures
+    return next((measure for measure in several if measure in row), several[0])
+
+
+def _with_interval(row: dict[str, Any], measure: str) -> str:
+    if measure not in row:
+        return "-"
+    value, half = row[measure], row[f"{measure}_ci95"]
+    form = ",.0f" if abs(value) >= 100 else ".3f"
+    return f"{value:{form}}" + ("" if half is None else f" ± {half:{form}}")
+
+
+def draw(suite: Suite, records: list[dict[str, Any]]) -> Image.Image:
+    """Return the suite's measure against what was spent, one panel a currency, one line a row."""
+    (name, measure), *_ = suite.curve.items()
+    panels: dict[str, list[Line]] = {}
+    for heading, currency in SPENT.items():
+        for row in suite.rows:
+            runs = [r["points"] for r in records if r["row"] == row and "points" in r]
+            if not runs:
+                continue
+            steps = list(zip(*runs, strict=True))  # of the same settings: evaluated at the same updates
+            middle, half = zip(*(interval([p[measure] for p in step]) for step in steps), strict=True)
+            spent = [statistics.mean(p[f"spent/{currency}"] for p in step) for step in steps]
+            band = [h or 0.0 for h in half]
+            panels.setdefault(heading, []).append(Line(row, spent, list(middle), band))
+    return learning(panels, name)
+
+
+def report(
+    name: str, suite: Suite, records: list[dict[str, Any]], trials: list[dict[str, Any]], out: Path
+) -> list[dict[str, Any]]:
+    """Write `<name>.json` and, if the suite has a curve, `<name>.png`; return the rows.
+
+    Raises:
+        DiffRLError: a column or the curve is a measure that no cell has.
+    """
+    rows = summarise(name, records)
+    out.mkdir(parents=True, exist_ok=True)
+    stored = {"suite": name, "settings": asdict(suite), "rows": rows, "cells": records}
+    stored |= {"trials": trials} if trials else {}
+    (out / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    known = {measure for row in rows for measure in row}
+    if any(row["n_seeds"] for row in rows):
+        for measures in (*suite.columns.values(), *suite.curve.values()):
+            several = [measures] if isinstance(measures, str) else measures
+            if not known & set(several):
+                raise unknown("measure", several[0], [m for m in known if "/" in m])
+        if suite.curve:
+            draw(suite, records).save(out / f"{name}.png")
+    return rows
