@@ -192,14 +192,14 @@ def _run(cell: Cell, folder: Path, origin: dict[str, Any]) -> None:
     record = asdict(cell) | {
         "command": shlex.join(["diffrl", "train", *cell.words]),
         "minutes": (time.perf_counter() - begin) / 60,
-        "points": list(_points(trained)),
+        "points": list(points_of(trained)),
     }
     unfinished = trained / (_CELL_FILE + ".tmp")
     unfinished.write_text(json.dumps(record | origin))
     unfinished.rename(trained / _CELL_FILE)
 
 
-def _points(trained: Path) -> Iterator[dict[str, Any]]:
+def points_of(trained: Path) -> Iterator[dict[str, Any]]:
     """Yield what a run's evaluations measured, with what had been spent on training by then."""
     for line in (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         metrics = json.loads(line)

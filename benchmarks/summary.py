@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import scipy.stats
-from PIL import Image
 from rich import box
 from rich.table import Table
 
@@ -85,13 +84,17 @@ def _with_interval(row: dict[str, Any], measure: str) -> str:
     if measure not in row:
         return "-"
     value, half = row[measure], row[f"{measure}_ci95"]
-    form = ",.0f" if abs(value) >= 100 else ".3f"
-    return f"{value:{form}}" + ("" if half is None else f" ± {half:{form}}")
+    return as_text(value, value) + ("" if half is None else f" ± {as_text(half, value)}")
 
 
-def draw(suite: Suite, records: list[dict[str, Any]]) -> Image.Image:
+def as_text(number: float, scale: float) -> str:
+    """Return a number with as many digits as its column's size, `scale`, deserves."""
+    return f"{number:,.0f}" if abs(scale) >= 100 else f"{number:.3f}"
+
+
+def curves(suite: Suite, records: list[dict[str, Any]]) -> dict[str, list[Line]]:
     """Return the suite's measure against what was spent, one panel a currency, one line a row."""
-    (name, measure), *_ = suite.curve.items()
+    ((_, measure),) = suite.curve.items()
     panels: dict[str, list[Line]] = {}
     for heading, currency in SPENT.items():
         for row in suite.rows:
@@ -103,7 +106,7 @@ def draw(suite: Suite, records: list[dict[str, Any]]) -> Image.Image:
             spent = [statistics.mean(p[f"spent/{currency}"] for p in step) for step in steps]
             band = [h or 0.0 for h in half]
             panels.setdefault(heading, []).append(Line(row, spent, list(middle), band))
-    return learning(panels, name)
+    return panels
 
 
 def report(
@@ -126,5 +129,5 @@ def report(
             if not known & set(several):
                 raise unknown("measure", several[0], [m for m in known if "/" in m])
         if suite.curve:
-            draw(suite, records).save(out / f"{name}.png")
+            learning(curves(suite, records), next(iter(suite.curve))).save(out / f"{name}.png")
     return rows

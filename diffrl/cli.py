@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", type=Path, help="folder of the result (default: that of the cells)")
     compare.add_argument("--json", action="store_true", help="print one JSON record a row")
 
+    report = add("report", _report, "write one HTML page of suites and runs, with nothing from outside")
+    report.add_argument(
+        "sources", nargs="+", type=Path, metavar="RUN_OR_SUITE", help="folders, or a suite's JSON"
+    )
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="(default report.html)")
+
     add("list", _list, "show what can be chosen: algorithms, envs, rewards, presets, suites, prompt lists")
     return parser
 
@@ -207,6 +213,14 @@ def _eval(options: argparse.Namespace) -> None:
         console.print(table(measures))
     else:
         _show(measures, reward.edges.tolist() if isinstance(reward, LogLikelihood) else None)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from diffrl.benchmarks.report import write
+    from diffrl.log import console
+
+    path = write(options.sources, options.out)
+    console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 def _verify(records: list[dict[str, Any]], suite: Any, folder: Path) -> None:

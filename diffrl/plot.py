@@ -26,6 +26,14 @@ _STYLE: dict[Any, Any] = {
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
 }
+_INK = "#010203"  # stands for the page's own colour of text until the SVG is written
+_ON_A_PAGE: dict[Any, Any] = {
+    **dict.fromkeys(
+        ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], _INK
+    ),
+    "grid.color": "#88888855",
+    "svg.fonttype": "none",  # text stays text
+}
 
 
 @dataclass(frozen=True)
@@ -81,22 +89,44 @@ def densities(points: Tensor, curves: Sequence[Sequence[Curve]], titles: Sequenc
 
 def learning(panels: Mapping[str, Sequence[Line]], measure: str) -> Image.Image:
     """Return one panel a currency, `{what was spent: its lines}`, side by side, and a legend above."""
-    count = max(len(lines) for lines in panels.values())
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(len(panels), -(-count // 4))
-        every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (currency, lines) in zip(every, panels.items(), strict=True):
-            for line in lines:
-                low, high = zip(
-                    *((y - b, y + b) for y, b in zip(line.y, line.band, strict=True)), strict=True
-                )
-                (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=3, label=line.name)
-                axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.15, lw=0)
-            axes.set(xlabel=currency)
-            axes.xaxis.set_major_formatter("{x:,.10g}")
-        every[0].set(ylabel=measure)
-        _legend(figure, 4)
-        return _picture(figure)
+        return _picture(_learning(panels, measure))
+
+
+def learning_svg(panels: Mapping[str, Sequence[Line]], measure: str) -> str:
+    """Return the same as an SVG element whose text takes the page's colour."""
+    with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": measure}):
+        return _svg(_learning(panels, measure))
+
+
+def frontier_svg(points: Mapping[str, tuple[float, float]], x_name: str, y_name: str) -> str:
+    """Return named points, `{name: (x, y)}`, as an SVG element; x on a logarithmic scale from 1."""
+    with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": x_name}):
+        figure = Figure((1.7 * _PANEL[0], 1.3 * _PANEL[1]), layout="constrained")
+        axes = figure.subplots()
+        for name, (x, y) in points.items():
+            axes.plot([x], [y], "o")
+            axes.annotate(name, (x, y), (7, 0), textcoords="offset points", va="center", fontsize="small")
+        axes.set(xlabel=x_name, ylabel=y_name)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.margins(x=0.15)
+        return _svg(figure)
+
+
+def _learning(panels: Mapping[str, Sequence[Line]], measure: str) -> Figure:
+    count = max(len(lines) for lines in panels.values())
+    figure = _figure(len(panels), -(-count // 4))
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (currency, lines) in zip(every, panels.items(), strict=True):
+        for line in lines:
+            low, high = zip(*((y - b, y + b) for y, b in zip(line.y, line.band, strict=True)), strict=True)
+            (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=3, label=line.name)
+            axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.15, lw=0)
+        axes.set(xlabel=currency)
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+    every[0].set(ylabel=measure)
+    _legend(figure, 4)
+    return figure
 
 
 def _figure(columns: int, legend_rows: int) -> Figure:
@@ -115,3 +145,10 @@ def _picture(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    element = text.getvalue()
+    return element[element.index("<svg") :].replace(_INK, "currentColor")

@@ -10,10 +10,14 @@ from diffrl.schedule import DDIMSchedule
 from diffrl.types import NO_LABEL
 
 
-def make_policy(backbone, *, guidance_scale=2.0, num_steps=4, num_classes=(3,), double=False) -> Policy:
+def make_policy(
+    backbone, *, guidance_scale=2.0, num_steps=4, num_classes=(3,), double=False, lora=None
+) -> Policy:
     schedule = DDIMSchedule(backbone.scheduler, num_steps, 1.0)
     null = backbone.encode_prompts([""])
-    policy = Policy(backbone.unet, schedule, null, guidance_scale=guidance_scale, num_classes=num_classes)
+    policy = Policy(
+        backbone.unet, schedule, null, guidance_scale=guidance_scale, num_classes=num_classes, lora=lora
+    )
     return policy.double() if double else policy
 
 

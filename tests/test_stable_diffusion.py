@@ -12,7 +12,7 @@ from diffrl.backbones.stable_diffusion import StableDiffusion
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.envs.emoji import ASSET
 from diffrl.errors import DiffRLError
-from diffrl.policy import Policy
+from diffrl.policy import LoRA, Policy
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.prompt_fidelity import PromptFidelity
 from diffrl.rollout import rollout
@@ -25,7 +25,7 @@ def stock_pipeline(path):
     return pipeline
 
 
-def our_deterministic_pictures(path, prompts, latents, guidance_scale, num_steps, lora=None):
+def our_deterministic_pictures(path, prompts, latents, guidance_scale, num_steps, lora=None, targets=None):
     """Draw at eta = 0, where stock diffusers and we must agree to rounding."""
     backbone = StableDiffusion.load(str(path))
     schedule = DDIMSchedule(backbone.scheduler, num_steps, 0.0)
@@ -35,6 +35,7 @@ def our_deterministic_pictures(path, prompts, latents, guidance_scale, num_steps
         backbone.encode_prompts([""]),
         guidance_scale=guidance_scale,
         num_classes=(3,),
+        lora=LoRA(targets=targets) if targets else None,
     )
     if lora is not None:
         checkpoint.load(policy, lora)
@@ -96,15 +97,17 @@ def test_the_emoji_model_draws_what_the_prompt_says(emoji):
 
 
 class TestCheckpoint:
-    def trained(self, path):
+    def trained(self, path, **settings):
         from test_policy import learn_a_little, make_policy
 
-        policy = make_policy(StableDiffusion.load(str(path)))
+        policy = make_policy(StableDiffusion.load(str(path)), **settings)
         learn_a_little(policy)
         return policy
 
-    def test_stock_load_lora_weights_reads_it(self, tiny_path, tmp_path):
-        policy = self.trained(tiny_path)
+    @pytest.mark.parametrize("more", [[], ["time_emb_proj"]], ids=str)
+    def test_stock_load_lora_weights_reads_it(self, tiny_path, tmp_path, more):
+        targets = LoRA().targets + more
+        policy = self.trained(tiny_path, lora=LoRA(targets=targets))
         with torch.no_grad():  # the label embedding is not LoRA: leave it out of the comparison
             policy.label_embedding.tables[0].weight.zero_()
         checkpoint.save(policy, tmp_path)
@@ -115,7 +118,7 @@ class TestCheckpoint:
         before = pipeline(prompts, latents=latents, **arguments).images
         pipeline.load_lora_weights(tmp_path)
         theirs = pipeline(prompts, latents=latents, **arguments).images
-        ours = our_deterministic_pictures(tiny_path, prompts, latents, 2.0, 4, lora=tmp_path)
+        ours = our_deterministic_pictures(tiny_path, prompts, latents, 2.0, 4, tmp_path, targets)
         assert_close(ours, theirs, atol=1e-4)
         assert (theirs - before).abs().max() > 1e-3
 

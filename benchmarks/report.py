@@ -1,0 +1,186 @@
+"""One HTML file of suites and runs: tables, curves, confusion, pictures, commands; nothing from outside.
+
+A suite is read from the JSON that `diffrl compare` writes, a run from its folder: a suite of one row.
+"""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+from PIL import Image
+
+from diffrl import __version__
+from diffrl.benchmarks.compare import points_of
+from diffrl.benchmarks.suites import Cell, Suite
+from diffrl.benchmarks.summary import SPENT, as_text, curves, first_of, summarise
+from diffrl.errors import DiffRLError
+from diffrl.plot import frontier_svg, learning_svg
+
+_TEMPLATE = Path(__file__).with_suffix(".html")
+_WIDEST = 1100  # pixels of a picture grid
+_OF_A_RUN = {
+    "reward": "eval/reward_mean",
+    "accuracy": "eval/accuracy",
+    "macro F1": "eval/macro_f1",
+    "KL (nats)": ["eval/kl_nats", "exact/kl_nats"],
+    "fidelity": "eval/prompt_fidelity",
+    "gap (nats)": "exact/gap_nats",
+    "TV": "exact/tv",
+}
+
+
+def write(sources: list[Path], out: Path) -> Path:
+    """Write the report of suites (their JSON, or the folder it lies in) and runs (their folders) to `out`.
+
+    Raises:
+        DiffRLError: a source that is neither, or half written.
+    """
+    sections = [_section(*_read(source)) for source in sources]
+    page = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    names = ", ".join(section["name"] for section in sections)
+    html = page.render(title=f"diffrl: {names}", origin=f"diffrl {__version__}", suites=sections)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(out.name + ".tmp")
+    draft.write_text(html, encoding="utf-8")
+    draft.replace(out)
+    return out
+
+
+def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path | None]:
+    """Return name, suite, records of its cells, and the folder of their runs, if it is at hand."""
+    if source.is_dir() and (source / "metrics.jsonl").is_file():
+        record: dict[str, Any] = {
+            "row": source.name,
+            "seed": 0,
+            "command": "",
+            "folder": source.name,
+            "minutes": 0.0,
+        }
+        record["points"] = list(points_of(source))
+        if not record["points"]:
+            raise DiffRLError(f"{source}: no evaluation in its metrics.jsonl yet; let it train on.")
+        known = set(record["points"][-1])
+        columns = {
+            name: m for name, m in _OF_A_RUN.items() if known & set([m] if isinstance(m, str) else m)
+        }
+        return source.name, Suite(rows={source.name: []}, columns=columns, seeds=1), [record], source.parent
+    path = source / f"{source.name}.json" if source.is_dir() else source
+    if not path.is_file():
+        raise DiffRLError(
+            f"{source}: neither a run nor a suite's result; 'diffrl compare' writes NAME.json."
+        )
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        suite, records = Suite(**stored["settings"]), stored["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DiffRLError(
+            f"{path}: not a whole result of 'diffrl compare' ({error}). Run it again."
+        ) from error
+    return stored["suite"], suite, records, path.parent
+
+
+def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Path | None) -> dict[str, Any]:
+    rows = summarise(name, records)
+    headings = [*suite.columns, *SPENT]
+    measures = [*suite.columns.values(), *(f"spent/{key}" for key in SPENT.values())]
+    first = {row["method"]: _first_seed(records, row["method"]) for row in rows}
+    seeds = max((row["n_seeds"] for row in rows), default=0)
+    about = f"{seeds} seeds, mean and half the width of Student's 95% interval" if seeds > 1 else "one seed"
+    return {
+        "name": name,
+        "about": about,
+        "headings": headings,
+        "rows": [
+            {"name": row["method"], "failed": row["failed"], "cells": [_cell(row, m) for m in measures]}
+            for row in rows
+        ],
+        "figures": _figures(suite, records, rows),
+        "confusions": [
+            {"name": method, "rows": _shares(record["points"][-1]["eval/confusion"])}
+            for method, record in first.items()
+            if record and "eval/confusion" in record["points"][-1]
+        ],
+        "pictures": _pictures(first, folder),
+        "commands": [
+            {"name": method, "command": record["command"]}
+            for method, record in first.items()
+            if record and record["command"]
+        ],
+    }
+
+
+def _first_seed(records: list[dict[str, Any]], method: str) -> dict[str, Any] | None:
+    return next((r for r in records if r["row"] == method and "points" in r), None)
+
+
+def _cell(row: dict[str, Any], measures: str | list[str]) -> dict[str, Any]:
+    measure = first_of(measures, row)
+    value = row.get(measure)
+    if value is None:
+        return {"value": None, "text": "-", "margin": ""}
+    half = row[f"{measure}_ci95"]
+    return {
+        "value": value,
+        "text": as_text(value, value),
+        "margin": as_text(half, value) if half else "",
+    }
+
+
+def _figures(
+    suite: Suite, records: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    figures = []
+    if suite.curve:
+        ((name, _),) = suite.curve.items()
+        figures.append(
+            {
+                "title": "Learning",
+                "svg": Markup(learning_svg(curves(suite, records), name)),
+                "caption": "Mean over seeds against what was spent on training, with its 95% interval.",
+            }
+        )
+    points = {
+        row["method"]: (row["eval/kl_nats"], row["eval/accuracy"])
+        for row in rows
+        if row.get("eval/kl_nats") is not None and "eval/accuracy" in row
+    }
+    if len(points) > 1:
+        figures.append(
+            {
+                "title": "Control against distance",
+                "svg": Markup(frontier_svg(points, "KL to the pretrained model (nats)", "accuracy")),
+                "caption": "Up and left is better. A method whose steps have no density has no KL.",
+            }
+        )
+    return figures
+
+
+def _shares(confusion: list[list[int]]) -> list[list[dict[str, Any]]]:
+    return [[{"count": n, "share": round(n / max(sum(row), 1), 3)} for n in row] for row in confusion]
+
+
+def _pictures(first: dict[str, dict[str, Any] | None], folder: Path | None) -> list[dict[str, str]]:
+    """Return the last picture of each method's first seed, where the run's folder is at hand."""
+    found = []
+    for method, record in first.items():
+        if record is None or folder is None:
+            continue
+        run = folder / record.get("folder", Cell(method, record["seed"], []).name)
+        pictures = sorted((run / "pictures").glob("*.png"))
+        if pictures:
+            found.append({"name": method, "data": _embedded(pictures[-1])})
+    return found
+
+
+def _embedded(path: Path) -> str:
+    """Return a picture as a data URI, no wider than it will be shown."""
+    buffer = io.BytesIO()
+    with Image.open(path) as picture:
+        shown = picture.convert("RGB")
+        shown.thumbnail((_WIDEST, 10 * _WIDEST))
+        shown.save(buffer, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

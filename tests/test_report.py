@@ -1,0 +1,156 @@
+"""The report of a suite laid by hand, as text and in a real browser."""
+
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+from test_cli import fails
+
+from diffrl.cli import main
+
+COLUMNS = {"accuracy": "eval/accuracy", "KL (nats)": "eval/kl_nats"}
+ACCURACY = {"ctrl": [0.9, 0.8, 1.0], "svdd <b>": [0.5, 0.4, 0.6], "pretrained": [0.25, 0.25, 0.25]}
+KL = {"ctrl": 120.0, "svdd <b>": None, "pretrained": 0.0}
+
+
+def cell(row, seed):
+    last = {
+        "update": 10,
+        "eval/accuracy": ACCURACY[row][seed],
+        "eval/kl_nats": KL[row],
+        "eval/confusion": [[3, 1], [0, 4]],
+        "spent/pictures": 160.0,
+        "spent/network_calls": 3200.0,
+        "spent/seconds": 12.0,
+    }
+    first = last | {"update": 0, "eval/accuracy": 0.25, "spent/pictures": 0.0}
+    command = f"diffrl train algo={row.split()[0]} seed={seed}"
+    return {
+        "row": row,
+        "seed": seed,
+        "command": command,
+        "minutes": 1.0,
+        "points": [first, last],
+        "words": [],
+    }
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """Return a suite's folder: three rows of three seeds, one crashed, a picture of one cell."""
+    folder = tmp_path_factory.mktemp("cells") / "mine"
+    folder.mkdir()
+    cells = [cell(row, seed) for row in ACCURACY for seed in range(3)]
+    settings = {"rows": {row: [] for row in [*ACCURACY, "crash"]}, "columns": COLUMNS}
+    settings |= {"curve": {"accuracy": "eval/accuracy"}}
+    cells.append({"row": "crash", "seed": 0, "failed": True})
+    stored = {"suite": "mine", "settings": settings, "rows": [], "cells": cells}
+    (folder / "mine.json").write_text(json.dumps(stored))
+    pictures = folder / "ctrl-seed0" / "pictures"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (1600, 800), "red").save(pictures / "grid-0010.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(suite, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    assert main(["report", str(suite), "--out", str(out)]) == 0
+    return out
+
+
+def test_every_row_is_there_with_mean_and_interval(page):
+    html = page.read_text()
+    # of .9, .8, 1.0: mean .9, standard deviation .1, t(.975, 2) = 4.303, so .1 x 4.303 / sqrt(3) = .248
+    assert re.search(r'data-value="0\.9[^"]*">0\.900 <small>&plusmn; 0\.248</small>', html)
+    assert "svdd &lt;b&gt;" in html
+    assert "crash (1 failed)" in html
+    assert "diffrl train algo=ctrl seed=0" in html
+    assert html.count("<svg") == 2  # learning, and control against distance
+    assert html.count("data:image/webp;base64,") == 1
+    assert page.stat().st_size < 1e6
+
+
+def test_nothing_is_fetched_from_outside(page):
+    html = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', html.replace("xlink:", ""))
+    assert "@import" not in html
+    assert "url(http" not in html
+
+
+def test_a_run_is_a_suite_of_one_row(tmp_path):
+    run = tmp_path / "one"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"update": 0, "eval/reward_mean": -2.5, "spent/seconds": 0.0})
+    )
+    out = tmp_path / "r.html"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    assert "-2.500" in out.read_text()
+
+
+def test_what_is_no_result_is_named(suite, tmp_path, capsys):
+    assert "neither a run nor a suite's result" in fails(capsys, "report", tmp_path / "nothing")
+    broken = tmp_path / "broken.json"
+    broken.write_text((suite / "mine.json").read_text()[:-40])
+    assert "not a whole result" in fails(capsys, "report", broken)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "metrics.jsonl").write_text("")
+    assert "no evaluation" in fails(capsys, "report", empty)
+
+
+class TestInTheBrowser:
+    @pytest.fixture
+    def browser(self):
+        sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+        if chromium is None:
+            pytest.skip("no chromium on this machine")
+        with sync_api.sync_playwright() as playwright:
+            yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+    def opened(self, browser, page, **settings):
+        """Return the page, with the list that its errors and requests are written to."""
+        tab, noticed = browser.new_context(**settings).new_page(), []
+        tab.on("console", lambda message: noticed.append(message.text))
+        tab.on("pageerror", lambda error: noticed.append(str(error)))
+        tab.on("request", lambda request: noticed.append(request.url))
+        tab.goto(f"file://{page}")
+        tab.wait_for_load_state("networkidle")
+        noticed[:] = [each for each in noticed if not each.startswith(("data:", f"file://{page}"))]
+        return tab, noticed
+
+    def test_it_opens_without_an_error_or_a_request_and_sorts(self, browser, page):
+        tab, noticed = self.opened(browser, page)
+        assert noticed == []
+
+        def names():
+            return [
+                each.split(" ")[0]
+                for each in tab.locator("table.sortable td:first-child").all_inner_texts()
+            ]
+
+        assert names() == ["ctrl", "svdd", "pretrained", "crash"]
+        tab.get_by_role("button", name="accuracy").click()
+        assert names() == ["ctrl", "svdd", "pretrained", "crash"]
+        tab.get_by_role("button", name="accuracy").click()
+        assert names() == ["pretrained", "svdd", "ctrl", "crash"]  # what has no value stays last
+        assert tab.locator("th[aria-sort=ascending]").inner_text().startswith("accuracy")
+        tab.get_by_role("button", name="method").click()
+        assert names() == ["svdd", "pretrained", "ctrl", "crash"]
+        assert noticed == []
+
+    def test_a_phone_scrolls_the_table_and_not_the_page(self, browser, page):
+        tab, _ = self.opened(browser, page, viewport={"width": 390, "height": 844})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+    def test_it_is_dark_in_the_dark(self, browser, page):
+        shades = []
+        for scheme in ("light", "dark"):
+            tab, _ = self.opened(browser, page, color_scheme=scheme)
+            colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+            shades.append(sum(map(int, re.findall(r"\d+", colour)[:3])))
+        assert shades[0] > 700 > 200 > shades[1]
