@@ -25,10 +25,13 @@ from diffrl.types import NO_LABEL, LabelledReward, Trajectory
 class ClassifierFree(Algorithm):
     """Fit E|eps - eps_theta(x_t, t, c, y)|^2 to the pretrained model's pictures and their true labels.
 
-    Its limit is p(x|c, y) itself; `guidance=classifier_free` sharpens it in y. One update is a round of
-    `batch_size` labelled pictures, fitted `epochs` times; `updates=1` is a data set of that size. Neither a
-    reward's gradient nor a classifier is used. Differs from CTRL's baseline, which trains the whole U-Net
-    without a null label; `drop_label=0 drop_prompt=0` leaves nothing out, as it does.
+    With `env.guidance_scale=1` its limit is p(x|c, y) itself, and `guidance=classifier_free` sharpens it in
+    y; with more, pictures drawn at that scale are learnt and guided by the prompt once more, as is usual.
+    One update is a round of `batch_size` labelled pictures, fitted `epochs` times; `updates=1` is a data
+    set of that size. Neither a reward's gradient nor a classifier is used.
+
+    Differs from CTRL's baseline, which trains the whole U-Net without a null label; `drop_label=0
+    drop_prompt=0` leaves nothing out, as it does.
     """
 
     updates: int = 8
@@ -70,7 +73,7 @@ class ClassifierFree(Algorithm):
         self, trajectories: Iterable[Trajectory], policy: Policy, optimizer: Optimizer
     ) -> dict[str, float]:
         """Fit the denoiser to the round's pictures."""
-        batch = Trajectory.cat(list(trajectories))
+        batch = Trajectory.cat([trajectory.result() for trajectory in trajectories])
         total, steps, norms = 0.0, 0, {}
         for _ in range(self.epochs):
             for samples in torch.randperm(len(batch.context)).split(self.fit_batch_size):

@@ -71,7 +71,7 @@ class RWR(Algorithm):
         self, trajectories: Iterable[Trajectory], policy: Policy, optimizer: Optimizer
     ) -> dict[str, float]:
         """Weigh the round's pictures and fit the denoiser to them."""
-        batch = Trajectory.cat(list(trajectories))
+        batch = Trajectory.cat([trajectory.result() for trajectory in trajectories])
         weight = self.weigh(batch)
         kept = weight.nonzero()[:, 0].cpu()  # pictures of weight 0 teach nothing
         if not len(kept):

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,31 +55,28 @@ def compare(
         The records of all cells, in the suite's order, and those of the trials that tuned them.
     """
     own = {"seed", "name", "root", *(_key(word) for row in suite.rows.values() for word in row)}
+    own |= set() if quick else {key for grid in suite.tune.values() for key in grid}
     for word in words:
         if _key(word) in own:
             raise DiffRLError(
                 f"{word}: the suite sets {_key(word)} itself; change it in a suite of your own."
             )
-    rows = {row: [*suite.settings, *chosen, *words] for row, chosen in suite.rows.items()}
+    hurry = suite.quick if quick else {}
+    rows = {
+        row: [*suite.settings, *chosen, *hurry.get("all", []), *hurry.get(row, []), *words]
+        for row, chosen in suite.rows.items()
+    }
     _wanted([Cell(row, 0, chosen) for row, chosen in rows.items()], folder)  # before an hour of trials
     trials: list[dict[str, Any]] = []
-    if quick:
-        hurry = suite.quick
-        rows = {row: [*chosen, *hurry.get("all", []), *hurry.get(row, [])] for row, chosen in rows.items()}
-    else:
-        grids = {row: (key, values) for row, grid in suite.tune.items() for key, values in grid.items()}
+    if not quick:
         cells = [
-            Cell(f"{row} {key}={value}", 0, [*rows[row], *suite.tune_settings, f"{key}={value}", "seed=0"])
-            for row, (key, values) in grids.items()
-            for value in values
+            Cell(f"{row} {word}", 0, [*rows[row], *suite.tune_settings, word, "seed=0"])
+            for row in suite.tune
+            for word in suite.candidates(row)
         ]
         trials = _run_all(cells, folder / "tune", jobs)
-        for row, (key, values) in grids.items():
-            mine = [
-                trial for trial in trials if trial["row"] in [f"{row} {key}={value}" for value in values]
-            ]
-            best = max(mine, key=lambda trial: _score(trial, suite.tune_by))
-            rows[row] = [*rows[row], best["row"].removeprefix(f"{row} ")]
+        for row in suite.tune:
+            rows[row] = [*rows[row], _best(row, suite, trials, folder)]
     number = seeds or (1 if quick else suite.seeds)
     cells = [Cell(row, seed, [*rows[row], f"seed={seed}"]) for row in rows for seed in range(number)]
     return _run_all(cells, folder, jobs), trials
@@ -90,9 +87,24 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{_CELL_FILE}"))]
 
 
-def _score(trial: dict[str, Any], measure: str) -> float:
-    """Return a trial's last value of a measure; the least of all numbers for one that failed."""
-    return trial["points"][-1][measure] if "points" in trial else -math.inf
+def _best(row: str, suite: Suite, trials: list[dict[str, Any]], folder: Path) -> str:
+    """Return the `key=value` of a row whose trial has the largest `tune_by`.
+
+    Raises:
+        DiffRLError: a trial failed, or has no such number.
+    """
+    scores = {}
+    for word in suite.candidates(row):
+        trial = next(trial for trial in trials if trial["row"] == f"{row} {word}")
+        if "points" not in trial:
+            raise DiffRLError(f"tune: the trial {trial['row']!r} failed; see the log in {folder / 'tune'}.")
+        score = trial["points"][-1].get(suite.tune_by)
+        if not isinstance(score, int | float):
+            raise DiffRLError(
+                f"tune_by: {suite.tune_by}: {score} in the trial {trial['row']!r}, no number."
+            )
+        scores[word] = score
+    return max(scores, key=lambda word: scores[word])
 
 
 def verify(suite: Suite, folder: Path, records: list[dict[str, Any]], choice: int) -> list[str]:
@@ -112,23 +124,27 @@ def verify(suite: Suite, folder: Path, records: list[dict[str, Any]], choice: in
     again = folder / "verify"
     shutil.rmtree(again / cell.name, ignore_errors=True)
     console.print(f"running {cell.name} once more")
-    (new,) = _run_all([cell], again, 1)
+    (new,) = _run_all([cell], again, 1, stored["threads"])
+    if "points" not in new:
+        return [f"{cell.name}: failed this time; see the log in {again}"]
     row = next(row for row in summarise("", finished) if row["method"] == cell.row)
     wrong = []
     for measures in suite.columns.values():
         measure = first_of(measures, row)
-        if measure not in row:
+        if measure not in row or "seconds" in measure:  # time is the machine's
             continue
-        value, before = _score(new, measure), _score(stored, measure)
+        value, before = new["points"][-1].get(measure, math.nan), stored["points"][-1][measure]
         margin = max(row[f"{measure}_ci95"] or 0.0, 1e-6 * abs(before))  # of one seed: the same number
-        if abs(value - row[measure]) > margin and abs(value - before) > margin:
+        if not min(abs(value - row[measure]), abs(value - before)) <= margin:  # so that NaN counts
             wrong.append(
                 f"{cell.name}: {measure} is {value:.4g}, was {before:.4g}, mean {row[measure]:.4g}"
             )
     return wrong
 
 
-def _run_all(cells: list[Cell], folder: Path, jobs: int) -> list[dict[str, Any]]:
+def _run_all(
+    cells: list[Cell], folder: Path, jobs: int, threads: int | None = None
+) -> list[dict[str, Any]]:
     """Run the cells that are not done; return the records of all, in their order."""
     wanted = _wanted(cells, folder)
     records = {cell.name: _finished(cell, folder, wanted[cell.name]) for cell in cells}
@@ -136,14 +152,18 @@ def _run_all(cells: list[Cell], folder: Path, jobs: int) -> list[dict[str, Any]]
     folder.mkdir(parents=True, exist_ok=True)
     if done := len(cells) - len(todo):
         console.print(f"{done} of {len(cells)} cells are done already, in {folder}")
+        now = provenance()["commit"]
+        others = {r["commit"] for r in records.values() if r} - {now}
+        if others:
+            console.print(f"[bold]some are of other commits[/]: {', '.join(sorted(others))}; this is {now}")
     context = multiprocessing.get_context("forkserver")  # a server imports once, each cell is its fork
     context.set_forkserver_preload(["diffrl.run"])
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    threads = threads or max((os.cpu_count() or 1) // jobs, 1)
     origin = provenance() | {"jobs": jobs, "threads": threads}
     with ThreadPoolExecutor(jobs) as pool, progress("cells", len(todo)) as bar:
 
         def finish(cell: Cell) -> None:
-            process = context.Process(target=_run, args=(cell, folder, origin), daemon=True)
+            process = context.Process(target=_run, args=(cell, wanted[cell.name], origin), daemon=True)
             process.start()
             process.join()
             if process.exitcode:
@@ -180,15 +200,16 @@ def _settings(cell: Cell, folder: Path) -> config.Config:
     return settings
 
 
-def _run(cell: Cell, folder: Path, origin: dict[str, Any]) -> None:
+def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
     """Train one cell; what it prints, its traceback too, goes to a file beside its folder."""
+    folder = Path(settings.root)
     with (folder / f"{cell.name}.log").open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     torch.set_num_threads(origin["threads"])
     shutil.rmtree(folder / cell.name, ignore_errors=True)  # one that was stopped on its way
     begin = time.perf_counter()
-    trained = run.train(_settings(cell, folder))
+    trained = run.train(settings)
     record = asdict(cell) | {
         "command": shlex.join(["diffrl", "train", *cell.words]),
         "minutes": (time.perf_counter() - begin) / 60,
@@ -216,7 +237,8 @@ def _finished(cell: Cell, folder: Path, wanted: config.Config) -> dict[str, Any]
     path = folder / cell.name
     try:
         record = json.loads((path / _CELL_FILE).read_text(encoding="utf-8"))
-        if config.read(path / run.CONFIG_FILE) == wanted and record["version"] == __version__:
+        stored = replace(config.read(path / run.CONFIG_FILE), root=wanted.root)  # it may have moved
+        if stored == wanted and record["version"] == __version__:
             return record
     except (OSError, ValueError, KeyError, TypeError):
         return None

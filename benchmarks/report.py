@@ -134,7 +134,7 @@ def _figures(
     suite: Suite, records: list[dict[str, Any]], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     figures = []
-    if suite.curve:
+    if suite.curve and curves(suite, records):
         ((name, _),) = suite.curve.items()
         figures.append(
             {

@@ -42,21 +42,24 @@ class Suite:
         for row, words in self.rows.items():
             if not isinstance(words, list):
                 raise DiffRLError(f"rows: {row}: {words!r} is not a list of key=value words.")
-        for name in ("tune", "quick"):
-            for row in getattr(self, name):
-                if row not in [*self.rows, "all"]:
-                    raise unknown("row", row, self.rows)
+        for row in (*self.tune, *(row for row in self.quick if row != "all")):
+            if row not in self.rows:
+                raise unknown("row", row, self.rows)
+        for row, words in self.quick.items():
+            if not isinstance(words, list):
+                raise DiffRLError(f"quick: {row}: {words!r} is not a list of key=value words.")
         for row, grid in self.tune.items():
-            if (
-                not isinstance(grid, dict)
-                or len(grid) != 1
-                or not all(isinstance(v, list) for v in grid.values())
-            ):
+            values = list(grid.values()) if isinstance(grid, dict) else []
+            if len(values) != 1 or not isinstance(values[0], list) or not values[0]:
                 raise DiffRLError(f"tune: {row}: {grid!r} is not one setting with a list of values.")
         if len(self.curve) > 1:
             raise DiffRLError(f"curve: {list(self.curve)} are {len(self.curve)} measures; give one.")
         if not isinstance(self.seeds, int) or self.seeds < 1:
             raise DiffRLError(f"seeds: {self.seeds!r} must be a whole number, 1 or more.")
+
+    def candidates(self, row: str) -> list[str]:
+        """Return the `key=value` words that a row is tuned over."""
+        return [f"{key}={value}" for key, values in self.tune[row].items() for value in values]
 
 
 @dataclass(frozen=True)

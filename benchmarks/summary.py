@@ -99,7 +99,8 @@ def curves(suite: Suite, records: list[dict[str, Any]]) -> dict[str, list[Line]]
     for heading, currency in SPENT.items():
         for row in suite.rows:
             runs = [r["points"] for r in records if r["row"] == row and "points" in r]
-            if not runs:
+            numbers = [isinstance(point.get(measure), int | float) for points in runs for point in points]
+            if not numbers or not all(numbers):
                 continue
             steps = list(zip(*runs, strict=True))  # of the same settings: evaluated at the same updates
             middle, half = zip(*(interval([p[measure] for p in step]) for step in steps), strict=True)
@@ -122,12 +123,13 @@ def report(
     stored = {"suite": name, "settings": asdict(suite), "rows": rows, "cells": records}
     stored |= {"trials": trials} if trials else {}
     (out / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-    known = {measure for row in rows for measure in row}
+    # a null, or a sentence that says what is not installed, is a measure too: it shows as "-"
+    known = {measure for record in records for measure in record.get("points", [{}])[-1]}
     if any(row["n_seeds"] for row in rows):
         for measures in (*suite.columns.values(), *suite.curve.values()):
             several = [measures] if isinstance(measures, str) else measures
             if not known & set(several):
                 raise unknown("measure", several[0], [m for m in known if "/" in m])
-        if suite.curve:
+        if suite.curve and curves(suite, records):
             learning(curves(suite, records), next(iter(suite.curve))).save(out / f"{name}.png")
     return rows

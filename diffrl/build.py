@@ -16,6 +16,7 @@ from torch import Tensor
 from diffrl import __version__
 from diffrl import config as settings
 from diffrl.algorithms.guidance.base import Guidance
+from diffrl.algorithms.untrained import Untrained
 from diffrl.backbones.stable_diffusion import fingerprint
 from diffrl.cache import cache_folder
 from diffrl.config import Config
@@ -72,11 +73,18 @@ class Setup:
         )
 
     def make_guided(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:
-        """Return what evaluations draw with: `policy` under its guidance, `num_pictures` at a time."""
+        """Return what evaluations draw with: the guided policy, at most `num_pictures` at a time."""
         guidance = self.config.guidance
-        env = self.make_env(reward, num_pictures * guidance.population, guidance.population)
+        at_once = max(self.config.eval_batch // guidance.population, 1)
+        count = min(num_pictures, at_once) * guidance.population
+        env = self.make_env(reward, count, guidance.population)
         env.prompts = self.eval_prompts
         return guidance.attach(policy, env)
+
+    @property
+    def target_gamma(self) -> float:
+        """Gamma of the law that is aimed at: the guidance's, else the algorithm's, else 1."""
+        return self.config.guidance.target_gamma or self.config.algo.target_gamma or 1.0
 
     def generator(self, *stream: int) -> torch.Generator:
         """Return a generator of its own for each purpose: seeded by the run's seed and `stream`."""
@@ -183,6 +191,8 @@ def check(config: Config) -> None:
             f"algo={name} reward={reward}: {name} learns from labels, and {reward!r} has no classes. Use "
             "reward=compressibility."
         )
+    if config.clip is not None and not Path(config.clip).is_dir():
+        raise DiffRLError(f"clip={config.clip}: no such folder. Give that of a CLIP model.")
     _check_guidance(config)
     _check_space(config)
     if config.dataset is not None:
@@ -198,7 +208,13 @@ def _check_guidance(config: Config) -> None:
         )
     if config.guidance.needs_noise and config.env.eta == 0:
         raise DiffRLError(
-            f"guidance={name} env.eta=0: without noise all candidates are one. Use env.eta=1."
+            f"guidance={name} env.eta=0: without noise there is nothing to choose from, and sigma^2 moves "
+            "nothing. Use env.eta=1."
+        )
+    if config.guidance.needs_training and isinstance(config.algo, Untrained):
+        raise DiffRLError(
+            f"guidance={name} algo=none: an untrained policy does not know its label. Give the folder of a "
+            "run, or train with algo=classifier_free."
         )
 
 

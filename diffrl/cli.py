@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="suite=NAME, settings of all; 'verify' runs a cell again",
     )
-    compare.add_argument("--quick", action="store_true", help="one seed, fewer pictures: a look, no result")
+    compare.add_argument(
+        "--quick", action="store_true", help="one seed, no tuning, less work: a look, no result"
+    )
     compare.add_argument("--seeds", type=int, help="seeds a row (default: the suite's)")
     compare.add_argument(
         "--jobs", type=int, default=2, help="cells at a time, sharing the cores (default 2)"
@@ -257,11 +259,12 @@ def _model(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         overrides: dict[str, Any] = {"eval_prompts": prompts} if prompts else {}
         if guided := words[1:]:
             for word in guided:
-                if not word.startswith("guidance"):
+                if not word.startswith(("guidance", "clip=", "eval_batch=")):
                     raise DiffRLError(
                         f"{word}: {folder} was trained with settings of its own; give guidance=..."
                     )
-            overrides["guidance"] = config.load(guided).guidance
+            asked = config.load(guided)
+            overrides |= {"guidance": asked.guidance, "clip": asked.clip, "eval_batch": asked.eval_batch}
         setup, policy, reward = run.restore(folder, overrides)
     policy.control_scale = options.control_scale
     return setup, policy, reward
@@ -283,6 +286,10 @@ def _sample(options: argparse.Namespace) -> None:
     setup, policy, reward = _model(options)
     if isinstance(reward, ClosedForm):
         raise DiffRLError(f"{options.words[0]}: its model draws points, not pictures; use 'diffrl eval'.")
+    guided = type(setup.config.guidance).__name__ != "Unguided"
+    if guided and reward.num_classes and options.label < 0:
+        raise DiffRLError("--label -1: guidance asks for a label, or it has nothing to go by.")
+    setup.config.eval_batch = options.n * setup.config.guidance.population
     actor = setup.make_guided(policy, reward, options.n)
     if options.label >= 0 and not reward.num_classes:
         raise DiffRLError(f"--label {options.label}: this run has no labels, its reward has no classes.")

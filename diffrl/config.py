@@ -90,6 +90,7 @@ class Config:
     root: str = "runs"  # where runs are kept
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     eval_every: int = 50  # updates between two evaluations
+    eval_batch: int = 64  # pictures, or particles, that an evaluation draws at a time
     eval_pictures: int = 64  # of an evaluation on the way; the last one draws four times as many
 
 

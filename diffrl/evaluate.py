@@ -57,7 +57,7 @@ def evaluate(
         rewards.append(trajectory.reward[kept].cpu())
         if trajectory.kl is not None:
             kl.append(trajectory.kl.sum(0)[kept].cpu())
-        drawn.append(trajectory.images[kept])
+        drawn.append(trajectory.images[kept].cpu())
         prompts += [trajectory.context.prompts[i] for i in kept.tolist()]
     images = torch.cat(drawn)
     reward = torch.cat(rewards)
@@ -72,7 +72,7 @@ def evaluate(
         if kl:
             measures |= _optimality(env.reward, target, gamma * reward - torch.cat(kl), gamma)
     if judge is not None:
-        measures["prompt_fidelity"] = float(judge(images, prompts).float().mean())
+        measures["prompt_fidelity"] = float(judge(images.to(env.device), prompts).float().mean())
     measures |= {
         "diversity": diversity(images, list(zip(prompts, target.tolist(), strict=True))),
         "brisque": brisque(images),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffrl.algorithms.guidance.base import Unguided
 from diffrl.algorithms.guidance.smc import SMC
+from diffrl.algorithms.untrained import Untrained
 from diffrl.build import Setup
 from diffrl.exact import ExactSolver, Measured, moments
 from diffrl.log import RunLog, console
@@ -23,6 +24,7 @@ from diffrl.plot import Curve, densities
 from diffrl.policy import Policy
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rollout import rollout
+from diffrl.types import EVALUATION_SEED
 
 _GREY, _BLUE, _RED = "#8c8c8c", "#1f77b4", "#c82828"
 _SAMPLES = 2048  # a label, where nothing is exact: standard error of a mean .02 standard deviations
@@ -43,7 +45,7 @@ class MixtureEvaluation:
     def __init__(self, setup: Setup, policy: Policy, reward: ClosedForm) -> None:
         self.setup, self.policy, self.reward = setup, policy, reward
         self.guided = not isinstance(setup.config.guidance, Unguided)
-        self.gamma = setup.config.algo.target_gamma or 1.0
+        self.gamma = setup.target_gamma
         self.solver: ExactSolver | None = None
         if reward.num_dims == 1:
             self.solver = ExactSolver(
@@ -58,7 +60,7 @@ class MixtureEvaluation:
     def report(self, update: int, log: RunLog) -> dict[str, Any]:
         """Print the measures and draw prior, target and learned law; return the measures."""
         if self.solver is None or self.guided:
-            measures = self._sampled()
+            measures = self._sampled(EVALUATION_SEED + self.setup.config.seed)
         else:
             measured = self.solver.measure(self.policy)
             measures = self._exact(self.solver, measured)
@@ -67,10 +69,10 @@ class MixtureEvaluation:
         console.print(table(measures))
         return measures
 
-    def measure(self) -> dict[str, Any]:
-        """Return the measures under the names of `metrics.jsonl`."""
+    def measure(self, seed: int = EVALUATION_SEED) -> dict[str, Any]:
+        """Return the measures under the names of `metrics.jsonl`; `seed` is of what has to be sampled."""
         if self.solver is None or self.guided:
-            return self._sampled()
+            return self._sampled(seed)
         return self._exact(self.solver, self.solver.measure(self.policy))
 
     def _exact(self, solver: ExactSolver, measured: Measured) -> dict[str, Any]:
@@ -102,16 +104,20 @@ class MixtureEvaluation:
         """Return the standard deviation of each label's target, `[K]`."""
         return moments(solver.target, solver.points)[1]
 
-    def _sampled(self) -> dict[str, Any]:
+    def _sampled(self, seed: int) -> dict[str, Any]:
         """Return what rollouts tell of each label, from noise of their own."""
-        actor = self.setup.make_guided(self.policy, self.reward, _SAMPLES)
+        guidance = self.setup.config.guidance
+        env = self.setup.make_env(self.reward, _SAMPLES * guidance.population, guidance.population)
+        actor = guidance.attach(self.policy, env)
         lists: dict[str, list[float]] = {"log_prob": [], "kl_nats": [], "objective": [], "deviation": []}
         z: list[float] = []
         for label in range(self.reward.num_classes[0]):
-            generator = torch.Generator(self.setup.device).manual_seed(42)
+            generator = torch.Generator(self.setup.device).manual_seed(seed)
             options = {"label": torch.full((actor.env.num_envs, 1), label)}
             reference = self.policy.reference
-            trajectory = rollout(actor.env, actor, generator, reference=reference, seed=42, options=options)
+            trajectory = rollout(
+                actor.env, actor, generator, reference=reference, seed=seed, options=options
+            )
             kept = actor.chosen(generator)
             log_prob = float(trajectory.reward[kept].mean())
             lists["log_prob"].append(log_prob)
@@ -120,7 +126,7 @@ class MixtureEvaluation:
                 kl = float(trajectory.kl.sum(0)[kept].mean())
                 lists["kl_nats"].append(kl)
                 lists["objective"].append(self.gamma * log_prob - kl)
-            if isinstance(actor, SMC):
+            if isinstance(actor, SMC) and isinstance(self.setup.config.algo, Untrained):
                 z.append(float(actor.log_z.exp().mean()))
         measures: dict[str, Any] = {"sampled/log_prob": fmean(lists["log_prob"]), "sampled/n": _SAMPLES}
         if self.solver is not None:

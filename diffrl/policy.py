@@ -166,12 +166,15 @@ class Policy(nn.Module):
 
     def eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
         """Return the raw noise prediction `[N, C, H, W]`, without guidance."""
+        self.num_calls += len(x_t)
+        return self._eps(x_t, timestep, prompt_embeds, label)
+
+    def _eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
         out = self.unet(x_t, timestep, prompt_embeds, class_labels=label, return_dict=False)
         return out[0].to(x_t.dtype)
 
     def unconditional(self, obs: Observation) -> Tensor:
         """Return the noise prediction `[N, C, H, W]` for the empty prompt, with no label."""
-        self.num_calls += len(obs["label"])
         embeds = self.null_embeds.expand_as(obs["prompt_embeds"])
         return self.eps(obs["latents"], obs["timestep"], embeds, self._no_label(obs))
 
@@ -203,10 +206,10 @@ class Policy(nn.Module):
         # The switch is inside, because checkpointing runs this again during the backward pass.
         with self._adapters(adapters):
             if self.guidance_scale == 1.0:
-                return self.eps(x_t, timestep, embeds, label)
+                return self._eps(x_t, timestep, embeds, label)
             null_label = torch.full_like(label, NO_LABEL)
             null_embeds = self.null_embeds.expand_as(embeds)
-            both = self.eps(
+            both = self._eps(
                 torch.cat([x_t, x_t]),
                 torch.cat([timestep, timestep]),
                 torch.cat([null_embeds, embeds]),

@@ -24,12 +24,11 @@ from diffrl.log import RunLog, console, progress
 from diffrl.policy import Policy
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
-from diffrl.types import Reward, Trajectory
+from diffrl.types import EVALUATION_SEED, Reward, Trajectory
 
 CONFIG_FILE = "config.yaml"
 CLASSIFIER_FILE = "classifier.safetensors"
-_EVAL_ENVS = 64  # chosen: as many pictures at a time as two cores like
-_GRID_ENVS = 8
+_GRID_COLUMNS = 8
 
 
 def train(config: Config) -> Path:
@@ -118,10 +117,11 @@ class Run:
         if self.mixture is not None:
             self.log.write(update, self.mixture.report(update, self.log) | self.spent)
             return
-        measures = measure(self.setup, self.policy, self.reward, num_pictures)
+        seed = EVALUATION_SEED + self.config.seed  # over seeds, an untrained row varies too
+        measures = measure(self.setup, self.policy, self.reward, num_pictures, seed)
         self.log.write(update, {f"eval/{name}": value for name, value in measures.items()} | self.spent)
-        actor = self.setup.make_guided(self.policy, self.reward, _GRID_ENVS)
-        picture = picture_grid(actor, self.setup.eval_prompts[:_GRID_ENVS])
+        actor = self.setup.make_guided(self.policy, self.reward, _GRID_COLUMNS)
+        picture = picture_grid(actor, self.setup.eval_prompts[:_GRID_COLUMNS])
         path = self.log.picture(update, "grid", picture)
         said = [f"reward {measures['reward_mean']:.3f}"]
         said += [f"accuracy {measures['accuracy']:.2f}"] if "accuracy" in measures else []
@@ -130,14 +130,13 @@ class Run:
 
 
 def measure(
-    setup: Setup, policy: Policy, reward: Reward, num_pictures: int, seed: int = 42
+    setup: Setup, policy: Policy, reward: Reward, num_pictures: int, seed: int = EVALUATION_SEED
 ) -> dict[str, Any]:
     """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
     if isinstance(reward, ClosedForm):
-        return MixtureEvaluation(setup, policy, reward).measure()
-    at_once = max(_EVAL_ENVS // setup.config.guidance.population, 1)
-    actor = setup.make_guided(policy, reward, min(at_once, num_pictures))
-    gamma = setup.config.algo.target_gamma or 1.0
+        return MixtureEvaluation(setup, policy, reward).measure(seed)
+    actor = setup.make_guided(policy, reward, num_pictures)
+    gamma = setup.target_gamma
     judge = load_judge(setup.config.env.model)
     if judge is not None:
         judge.to(setup.device)

@@ -4,13 +4,16 @@ Shapes: N envs, T steps, C,H,W latent, A attributes a label has, L tokens, E wid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Independent
+
+EVALUATION_SEED = 42
+"""Of an evaluation's noise and prompts, unless another is asked for (CTRL)."""
 
 NO_LABEL = -1
 """The null label: no control. Its embedding is zero and never learns."""
@@ -140,6 +143,10 @@ class Trajectory:
             "label": self.context.label[sample],
         }
         return obs, self.latents[step + 1, sample]
+
+    def result(self) -> "Trajectory":
+        """Return the same without what led to x_0, and without pictures: little enough to keep many."""
+        return replace(self, latents=self.latents[-1:], images=self.images[:, :0], log_prob=None, kl=None)
 
     @staticmethod
     def cat(parts: Sequence["Trajectory"]) -> "Trajectory":

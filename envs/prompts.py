@@ -1,6 +1,7 @@
 """Prompt lists.
 
-Sources: DDPO's `simple_animals.txt` (45 words) and CTRL's evaluation words (8), the bare word each.
+Sources: DDPO's `simple_animals.txt` (45 words) and CTRL's evaluation words (8, of which 6 are among the
+45), the bare word each. The held-out words are in neither list, and the emoji model knows them: for tuning.
 """
 
 from pathlib import Path
@@ -13,10 +14,12 @@ beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle fr
 pig turkey fly llama camel bat gorilla hedgehog kangaroo
 """
 _EVAL_ANIMALS = "cat dog horse monkey rabbit butterfly peacock panda"
+_HELD_OUT_ANIMALS = "penguin owl elephant koala giraffe snail octopus crocodile"
 
 LISTS: dict[str, tuple[str, ...]] = {
     "simple_animals": tuple(_SIMPLE_ANIMALS.split()),
     "eval_animals": tuple(_EVAL_ANIMALS.split()),
+    "held_out_animals": tuple(_HELD_OUT_ANIMALS.split()),
     "none": ("",),
 }
 

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffrl.algorithms.ctrl import CTRL
+from diffrl.algorithms.guidance.smc import SMC
 from diffrl.checkpoint import CONTROL_FILE, LORA_FILE
 from diffrl.cli import main
 from diffrl.run import restore
@@ -328,9 +329,20 @@ def test_guided_evaluation_needs_a_model_and_guidance_words_only(run, capsys):
     assert "trained with settings of its own" in fails(capsys, "eval", run, "algo.gamma=3")
     assert "guidance=sdvv: no such guidance" in fails(capsys, "eval", run, "guidance=sdvv")
     assert "num_candidates=0" in fails(capsys, "eval", run, "guidance=svdd", "guidance.num_candidates=0")
-    assert "all candidates are one" in fails(
+    assert "an untrained policy does not know its label" in fails(
+        capsys, "eval", "env=emoji", "guidance=classifier_free"
+    )
+    assert "guidance asks for a label" in fails(capsys, "sample", run, "guidance=svdd", "--prompt=cat")
+    assert "nothing to choose from" in fails(
         capsys, "eval", "env=gaussian_mixture", "env.eta=0", "guidance=svdd"
     )
+
+
+def test_a_guided_evaluation_draws_no_more_at_once_than_it_may(run):
+    setup, policy, reward = restore(run, {"guidance": SMC(num_particles=3), "eval_batch": 7})
+    actor = setup.make_guided(policy, reward, 100)
+    assert (actor.env.num_envs, actor.env.group_size) == (6, 3)
+    assert restore(run, {"eval_batch": 7})[0].make_guided(policy, reward, 5).env.num_envs == 5
 
 
 def test_a_run_without_training_is_its_evaluation_alone(tiny_path, tmp_path):

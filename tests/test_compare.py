@@ -211,6 +211,23 @@ class TestTuning:
             main(words(tuned, "verify"))
         assert "differs" in capsys.readouterr().out
 
+    def test_a_measure_that_no_trial_has_is_named(self, tuned, capsys):
+        text = tuned.read_text().replace("tune_by: sampled/log_prob", "tune_by: eval/accuracy")
+        other = tuned.with_name("mine.yaml")
+        other.write_text(text)
+        try:
+            message = fails(capsys, *words(other, "--jobs", "1"))
+        finally:
+            other.write_text(text.replace("tune_by: eval/accuracy", "tune_by: sampled/log_prob"))
+        assert "tune_by: eval/accuracy: None in the trial 'guided guidance.scale=0.0'" in message
+
+    def test_words_of_the_user_win_over_quick_ones_and_never_over_tuned_ones(self, tuned, capsys):
+        there = ["--out", str(tuned.parent / "o"), "--root", str(tuned.parent / "other")]
+        assert main(words(tuned, "--quick", "--jobs", "1", "env.num_steps=6", *there)) == 0
+        stored = json.loads((tuned.parent / "o" / "mine-quick.json").read_text())
+        assert stored["cells"][0]["words"][-2:] == ["env.num_steps=6", "seed=0"]
+        assert "the suite sets guidance.scale itself" in fails(capsys, *words(tuned, "guidance.scale=3"))
+
     def test_quick_tunes_nothing_and_has_a_folder_of_its_own(self, tuned):
         assert main(words(tuned, "--quick", "--jobs", "1")) == 0
         stored = json.loads((tuned.parent / "cells" / "mine-quick" / "mine-quick.json").read_text())
@@ -223,7 +240,13 @@ class TestTuning:
             ({"tune": {"ctrl": {"algo.gamma": [1]}}}, "row=ctrl: no such row"),
             ({"tune": {"reward only": {"algo.gamma": 1}}}, "not one setting with a list of values"),
             ({"tune": {"reward only": {}}}, "not one setting with a list of values"),
+            ({"tune": {"reward only": {"algo.updates": []}}}, "not one setting with a list of values"),
+            ({"tune": {"all": {"algo.updates": [1]}}}, "row=all: no such row"),
             ({"quick": {"nobody": []}}, "row=nobody: no such row"),
+            (
+                {"quick": {"reward only": "algo.updates=1"}},
+                "quick: reward only: 'algo.updates=1' is not a list",
+            ),
         ],
     )
     def test_bad_grids_are_named(self, tmp_path, capsys, parts, said):

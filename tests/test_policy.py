@@ -163,3 +163,15 @@ def test_an_untrained_policy_draws_what_the_pretrained_model_draws(tiny):
         for actor in (policy, Pretrained(policy))
     ]
     assert_close(pictures[0], pictures[1], atol=0)
+
+
+def test_every_network_evaluation_is_counted_once_recomputing_aside(tiny):
+    """4 samples: 8 with both halves of guidance, 4 for a raw or an unconditional prediction."""
+    policy = make_policy(tiny)
+    obs = observe(policy)
+    policy(obs).mean.sum().backward()  # checkpointed: the network runs again, for the same evaluation
+    assert policy.num_calls == 8
+    policy.eps(obs["latents"], obs["timestep"], obs["prompt_embeds"], obs["label"])
+    assert policy.num_calls == 12
+    policy.unconditional(obs)
+    assert policy.num_calls == 16

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_close
+from test_cli import fails
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from diffrl.benchmarks.pretrain_emoji import make_tokenizer
@@ -34,11 +35,18 @@ class TestBrisque:
 
     def test_pictures_are_handed_over_in_their_range(self, monkeypatch):
         def score(images, data_range, reduction):
-            assert (data_range, reduction) == (1.0, "mean")
-            return images.mean() * 100
+            assert (data_range, reduction) == (1.0, "none")
+            return images.mean((1, 2, 3)) * 100
 
         monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(brisque=score))
         assert_close(brisque(flat(0.2, 0.4)), 30.0, atol=1e-4)
+
+    def test_a_package_that_breaks_down_costs_this_measure_alone(self, monkeypatch):
+        def score(images, data_range, reduction):
+            raise AssertionError("Expected input to be\n not flat")
+
+        monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(brisque=score))
+        assert brisque(flat(0.2)) == "not available: Expected input to be not flat"
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +88,8 @@ class TestClipScore:
         expected = max(100 * sum(cosines) / 3, 0.0)
         assert_close(clip_score(images, words, str(clip)), expected, atol=1e-3)
 
-    @pytest.mark.parametrize("model", [None, "nowhere"])
-    def test_without_a_model_it_says_what_to_give(self, model):
-        assert "clip=PATH" in clip_score(flat(0.1), ["cat"], model)
+    def test_without_a_model_it_says_what_to_give(self):
+        assert "clip=PATH" in clip_score(flat(0.1), ["cat"], None)
+
+    def test_a_folder_that_is_not_there_is_named(self, capsys):
+        assert "clip=nowhere: no such folder" in fails(capsys, "train", "clip=nowhere")

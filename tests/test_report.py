@@ -80,6 +80,15 @@ def test_nothing_is_fetched_from_outside(page):
     assert "url(http" not in html
 
 
+def test_a_suite_whose_cells_all_failed_has_a_table_still(suite, tmp_path):
+    stored = json.loads((suite / "mine.json").read_text())
+    stored["cells"] = [{"row": row, "seed": 0, "failed": True} for row in ACCURACY]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(stored))
+    assert main(["report", str(path), "--out", str(tmp_path / "r.html")]) == 0
+    assert "ctrl (1 failed)" in (tmp_path / "r.html").read_text()
+
+
 def test_a_run_is_a_suite_of_one_row(tmp_path):
     run = tmp_path / "one"
     run.mkdir()

@@ -33,18 +33,24 @@ class _Attached(ABC):
 class Guidance(_Attached):
     """A dataclass whose fields are its settings; `attach` makes it an actor.
 
-    No sample depends on another one, but within a population of `smc`. At strength 0, or with one
-    candidate, every method draws what the policy draws, to the bit.
+    No sample's law depends on another one, but within a population of `smc`. At strength 0 (a label's: 1),
+    or with one candidate, every method draws what the policy draws, to the bit.
     """
 
     needs_gradient: ClassVar[bool]  # of the reward
     needs_noise: ClassVar[bool] = False  # eta > 0
+    needs_training: ClassVar[bool] = False  # of the policy, which must know its label
 
     def attach(self, policy: Policy, env: DenoisingVectorEnv) -> Self:
         """Return these settings as an actor that guides `policy` towards the reward of `env`."""
         actor = replace(self)
         actor.policy, actor.env, actor.schedule = policy, env, policy.schedule
         return actor
+
+    @property
+    def target_gamma(self) -> float | None:
+        """Gamma of the law that this aims at, p(x_0|c) p(y|x_0, c)^gamma / Z; None: of no such law."""
+        return None
 
     @property
     def population(self) -> int:

@@ -25,6 +25,7 @@ class ClassifierFreeGuidance(Guidance):
     scale: float = 2.0  # s; 1 is the policy itself
 
     needs_gradient: ClassVar[bool] = False
+    needs_training: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)

@@ -37,6 +37,16 @@ class Reconstruction(Guidance):
         check_choice("guidance.jacobian", self.jacobian, ("full", "frozen"))
         check_choice("guidance.form", self.form, FORMS)
 
+    @property
+    def needs_noise(self) -> bool:  # type: ignore[override]
+        """Whether the shift is a multiple of sigma^2."""
+        return self.form == "sigma2"
+
+    @property
+    def target_gamma(self) -> float | None:
+        """The scale."""
+        return self.scale or None
+
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
         """Return a draw from the shifted step."""
         obs = {**obs, "latents": obs["latents"].detach()}

@@ -28,7 +28,7 @@ class _Ahead(NamedTuple):
 
 @dataclass
 class SMC(Guidance):
-    """Particles of the law p(x_0|c) p(y|x_0, c)^gamma / Z: right for any number of steps as K grows.
+    """Particles of the policy's own law times exp(gamma r) / Z: right for any number of steps as K grows.
 
     The potentials are exp(gamma r(x0hat)), in the end exp(gamma r(x_0)). A finite K errs towards the
     proposal: towards the prior without a twist, past the target with one. After an episode `log_weights`
@@ -38,7 +38,7 @@ class SMC(Guidance):
     num_particles: int = 16  # K
     gamma: float = 1.0  # exponent of the reward's exp, if that is p(y|x) of the likelihood
     twisted: bool = False  # propose along the gradient of the potential too
-    form: str = "eps"  # of a twisted proposal's shift: eps or sigma2, see `reconstruction`
+    form: str = "sigma2"  # of a twisted proposal's shift; eps is far larger in the last steps
     resampling: str = "systematic"  # or multinomial
     ess_threshold: float = 0.5  # resample where fewer than this share of K are effective; 1: in every step
     max_shift: float | None = (
@@ -67,6 +67,11 @@ class SMC(Guidance):
     def population(self) -> int:
         """K."""
         return self.num_particles
+
+    @property
+    def target_gamma(self) -> float | None:
+        """The exponent."""
+        return self.gamma or None
 
     def begin(self, obs: Observation) -> None:
         """Weigh nothing yet."""

@@ -35,6 +35,11 @@ class SVDD(Guidance):
         check_positive("gamma", self.gamma)
         check_choice("guidance.selection", self.selection, ("soft", "argmax"))
 
+    @property
+    def target_gamma(self) -> float | None:
+        """The exponent."""
+        return self.gamma or None
+
     def begin(self, obs: Observation) -> None:
         """Forget the noise predicted for the last episode's candidates."""
         self._eps: Tensor | None = None  # of the candidate that was kept, at its own time
