@@ -49,3 +49,11 @@ def test_no_file_outgrows_a_sitting():
     for path in ROOT.glob("*/**/*.py"):
         if path.is_file() and ".venv" not in path.parts:
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 420, path
+
+
+def test_the_readme_s_tables_are_those_of_the_data():
+    from diffrl.benchmarks.readme import written
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == 2
+    assert written(text, ROOT / "benchmarks" / "results") == text

@@ -1,0 +1,123 @@
+"""The README's tables, from the files in `benchmarks/results/`: `python -m diffrl.benchmarks.readme`.
+
+A table lies between `<!-- table: NAME -->` and `<!-- end -->`; whatever is between them is replaced.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffrl.benchmarks.summary import first_of
+
+_ROOT = Path(__file__).resolve().parents[1]
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def tables(results: Path) -> dict[str, Callable[[], str]]:
+    """Return what writes each table, by name."""
+
+    def read(name: str) -> Any:
+        return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+
+    def emoji() -> str:
+        files = [*sorted(results.glob("emoji-ctrl-seed*.json")), results / "emoji-full.json"]
+        rows = []
+        for path in files:
+            found = read(path.stem)
+            worst = min(found["per_class"])
+            values = (found["accuracy"], found["macro_f1"], worst, found["prompt_fidelity"])
+            rows.append(
+                [
+                    f"`{found['command'].split(';')[0]}`",
+                    *(_short(v) for v in values),
+                    f"{found['kl_nats']:,.0f}",
+                ]
+            )
+        heading = [
+            "command",
+            "accuracy",
+            "macro F1",
+            "worst class",
+            "prompt fidelity (before: .950)",
+            "KL, nats",
+        ]
+        return _markdown(heading, rows)
+
+    def exact() -> str:
+        rows = []
+        for row in read("exact")["rows"]:
+            log_prob, target = (
+                row.get(first_of([f"exact/{name}", f"sampled/{name}"], row))
+                for name in ("log_prob", "target_log_prob")
+            )
+            width = row.get(first_of(["exact/width", "sampled/width"], row))
+            cells = [
+                row["method"],
+                *_mean_and_worst(row, "exact/gap_nats"),
+                *_mean_and_worst(row, "exact/tv"),
+            ]
+            cells += [
+                f"{_short(log_prob)} ({_short(target)})",
+                _short(width),
+                _short(row.get("sampled/z_ratio")),
+            ]
+            rows.append([*cells, f"{60 * row['minutes']:.0f}"])
+        heading = [
+            "",
+            "gap, nats",
+            "worst",
+            "total variation",
+            "worst",
+            "E log p (target)",
+            "width",
+            "Zhat / Z",
+            "s a cell",
+        ]
+        return _markdown(heading, rows)
+
+    return {"emoji": emoji, "exact": exact}
+
+
+def written(text: str, results: Path) -> str:
+    """Return a README with every table written anew."""
+    known = tables(results)
+    return _BLOCK.sub(lambda block: block[1] + known[block[2]]() + "\n" + block[3], text)
+
+
+def _mean_and_worst(row: dict[str, Any], measure: str) -> tuple[str, str]:
+    return _short(row.get(measure)), _short(row.get(f"{measure}_max"))
+
+
+def _short(value: float | None) -> str:
+    """Return a number as the README writes it: .0157, 1.003, 21.3, 2,012, or a dash."""
+    if value is None:
+        return "-"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    text = f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.4f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
+
+
+def _markdown(heading: list[str], rows: list[list[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> int:
+    """Write the tables; with `--check`, say whether they are as the data say, and change nothing."""
+    path = _ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = written(old, _ROOT / "benchmarks" / "results")
+    if "--check" in sys.argv[1:]:
+        return int(old != new)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
