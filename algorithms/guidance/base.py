@@ -103,7 +103,7 @@ def shifted(law: Independent, move: Tensor) -> Independent:
     return Independent(normal, law.mean.dim() - 1, validate_args=False)
 
 
-def check_positive(name: str, value: float) -> None:
+def check_strength(name: str, value: float) -> None:
     """Raise DiffRLError unless a strength is 0 or more and finite."""
     if not 0 <= value < float("inf"):
         raise DiffRLError(f"guidance.{name}={value}: must be 0 or more, and finite.")

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from diffrl.algorithms.guidance.base import Guidance, check_positive
+from diffrl.algorithms.guidance.base import Guidance, check_strength
 from diffrl.types import NO_LABEL, ActorStep, Observation, draw
 
 
@@ -28,7 +28,7 @@ class ClassifierFreeGuidance(Guidance):
     needs_training: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive("scale", self.scale)
+        check_strength("scale", self.scale)
 
     @torch.no_grad()
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffrl.algorithms.base import check_choice
-from diffrl.algorithms.guidance.base import Guidance, check_positive, shifted
+from diffrl.algorithms.guidance.base import Guidance, check_strength, shifted
 from diffrl.errors import DiffRLError
 from diffrl.types import ActorStep, Observation, draw
 
@@ -36,7 +36,7 @@ class MPGD(Guidance):
     needs_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive("rho", self.rho)
+        check_strength("rho", self.rho)
         check_choice("guidance.step", self.step, ("constant", "normalised"))
         check_choice("guidance.eps", self.eps, ("keep", "rederive"))
         if not 0 <= self.start <= self.stop <= 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffrl.algorithms.base import check_choice
-from diffrl.algorithms.guidance.base import FORMS, Guidance, check_positive
+from diffrl.algorithms.guidance.base import FORMS, Guidance, check_strength
 from diffrl.types import ActorStep, Observation, draw
 
 
@@ -32,8 +32,8 @@ class Reconstruction(Guidance):
     needs_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive("scale", self.scale)
-        check_positive("offset", self.offset)
+        check_strength("scale", self.scale)
+        check_strength("offset", self.offset)
         check_choice("guidance.jacobian", self.jacobian, ("full", "frozen"))
         check_choice("guidance.form", self.form, FORMS)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from diffrl.algorithms.base import check_choice
-from diffrl.algorithms.guidance.base import FORMS, Guidance, check_count, check_positive, shifted
+from diffrl.algorithms.guidance.base import FORMS, Guidance, check_count, check_strength, shifted
 from diffrl.errors import DiffRLError
 from diffrl.types import ActorStep, Observation, draw
 
@@ -50,7 +50,7 @@ class SMC(Guidance):
 
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles)
-        check_positive("gamma", self.gamma)
+        check_strength("gamma", self.gamma)
         if not 0 <= self.ess_threshold <= 1:
             raise DiffRLError(f"guidance.ess_threshold={self.ess_threshold}: must be between 0 and 1.")
         check_choice("guidance.form", self.form, FORMS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffrl.algorithms.base import check_choice
-from diffrl.algorithms.guidance.base import Guidance, check_count, check_positive
+from diffrl.algorithms.guidance.base import Guidance, check_count, check_strength
 from diffrl.types import ActorStep, Observation, draw
 
 
@@ -32,7 +32,7 @@ class SVDD(Guidance):
 
     def __post_init__(self) -> None:
         check_count("num_candidates", self.num_candidates)
-        check_positive("gamma", self.gamma)
+        check_strength("gamma", self.gamma)
         check_choice("guidance.selection", self.selection, ("soft", "argmax"))
 
     @property
