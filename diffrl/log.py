@@ -27,10 +27,13 @@ from diffrl.types import to_pixels
 
 console = Console(highlight=False)
 
+_WIDEST = 1000  # characters
+
 
 def print_wide(table: Table) -> None:
     """Print a table whole, however narrow the terminal: its lines may wrap, its cells are not cut."""
-    Console(width=max(console.width, 160)).print(table)
+    whole = Console(width=_WIDEST).measure(table).maximum
+    Console(width=max(console.width, whole)).print(table)
 
 
 class RunLog:

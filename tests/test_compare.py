@@ -12,6 +12,7 @@ from diffrl import build, config
 from diffrl.benchmarks import suites, summary
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
+from diffrl.log import print_wide
 
 SETTINGS = ["env=gaussian_mixture", "env.num_steps=4", "algo.updates=2", "eval_every=1"]
 SETTINGS += ["algo.batch_size=8", "algo.micro_batch_size=8"]
@@ -251,3 +252,12 @@ class TestTuning:
     )
     def test_bad_grids_are_named(self, tmp_path, capsys, parts, said):
         assert said in fails(capsys, *words(write(tmp_path, **parts)))
+
+
+def test_a_table_of_many_columns_is_printed_whole(capsys):
+    names = {f"a measure of some length, number {i}": "x" for i in range(12)}
+    row = {"method": "one", "failed": 0, "x": 1.5, "x_ci95": 0.25}
+    print_wide(summary.table(suites.Suite(rows={"one": []}, columns=names), [row]))
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+    assert out.count("1.500 ± 0.250") == 12

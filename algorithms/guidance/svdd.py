@@ -37,8 +37,8 @@ class SVDD(Guidance):
 
     @property
     def target_gamma(self) -> float | None:
-        """The exponent."""
-        return self.gamma or None
+        """The exponent; none where the best one is taken."""
+        return self.gamma or None if self.selection == "soft" else None
 
     def begin(self, obs: Observation) -> None:
         """Forget the noise predicted for the last episode's candidates."""
