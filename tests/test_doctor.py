@@ -68,12 +68,12 @@ def test_a_rounding_reward_is_found(tiny_path, monkeypatch):
 
 
 def test_a_dead_adapter_and_a_deaf_embedding_are_found(tiny_path, monkeypatch):
-    original = Policy.eps
+    original = Policy._eps
 
     def deaf(self, x_t, timestep, prompt_embeds, label):
         return original(self, x_t, timestep, 0 * prompt_embeds, torch.full_like(label, -1))
 
-    monkeypatch.setattr(Policy, "eps", deaf)
+    monkeypatch.setattr(Policy, "_eps", deaf)
     found = unsound(findings(tiny_path, "algo=ctrl"))
     assert "gradient in every adapter" in found  # keys and values of the prompt see nothing
     assert "gradient in the label embedding, attribute 0" in found
