@@ -16,13 +16,13 @@ from PIL import Image
 from diffrl import __version__
 from diffrl.benchmarks.compare import points_of
 from diffrl.benchmarks.suites import Cell, Suite
-from diffrl.benchmarks.summary import SPENT, as_text, curves, first_of, summarise
+from diffrl.benchmarks.summary import SPENT, as_text, curves, first_of, several, summarise
 from diffrl.errors import DiffRLError
 from diffrl.plot import frontier_svg, learning_svg
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _WIDEST = 1100  # pixels of a picture grid
-_OF_A_RUN = {
+_OF_A_RUN: dict[str, str | list[str]] = {
     "reward": "eval/reward_mean",
     "accuracy": "eval/accuracy",
     "macro F1": "eval/macro_f1",
@@ -50,8 +50,8 @@ def write(sources: list[Path], out: Path) -> Path:
     return out
 
 
-def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path | None]:
-    """Return name, suite, records of its cells, and the folder of their runs, if it is at hand."""
+def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path]:
+    """Return name, suite, records of its cells, and the folder where their runs may lie."""
     if source.is_dir() and (source / "metrics.jsonl").is_file():
         record: dict[str, Any] = {
             "row": source.name,
@@ -64,9 +64,7 @@ def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path | None]:
         if not record["points"]:
             raise DiffRLError(f"{source}: no evaluation in its metrics.jsonl yet; let it train on.")
         known = set(record["points"][-1])
-        columns = {
-            name: m for name, m in _OF_A_RUN.items() if known & set([m] if isinstance(m, str) else m)
-        }
+        columns = {name: m for name, m in _OF_A_RUN.items() if known & set(several(m))}
         return source.name, Suite(rows={source.name: []}, columns=columns, seeds=1), [record], source.parent
     path = source / f"{source.name}.json" if source.is_dir() else source
     if not path.is_file():
@@ -83,7 +81,7 @@ def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path | None]:
     return stored["suite"], suite, records, path.parent
 
 
-def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Path | None) -> dict[str, Any]:
+def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     rows = summarise(name, records)
     headings = [*suite.columns, *SPENT]
     measures = [*suite.columns.values(), *(f"spent/{key}" for key in SPENT.values())]
@@ -134,12 +132,12 @@ def _figures(
     suite: Suite, records: list[dict[str, Any]], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     figures = []
-    if suite.curve and curves(suite, records):
-        ((name, _),) = suite.curve.items()
+    if suite.curve and (panels := curves(suite, records)):
+        (name,) = suite.curve
         figures.append(
             {
                 "title": "Learning",
-                "svg": Markup(learning_svg(curves(suite, records), name)),
+                "svg": Markup(learning_svg(panels, name)),
                 "caption": "Mean over seeds against what was spent on training, with its 95% interval.",
             }
         )
@@ -163,11 +161,11 @@ def _shares(confusion: list[list[int]]) -> list[list[dict[str, Any]]]:
     return [[{"count": n, "share": round(n / max(sum(row), 1), 3)} for n in row] for row in confusion]
 
 
-def _pictures(first: dict[str, dict[str, Any] | None], folder: Path | None) -> list[dict[str, str]]:
+def _pictures(first: dict[str, dict[str, Any] | None], folder: Path) -> list[dict[str, str]]:
     """Return the last picture of each method's first seed, where the run's folder is at hand."""
     found = []
     for method, record in first.items():
-        if record is None or folder is None:
+        if record is None:
             continue
         run = folder / record.get("folder", Cell(method, record["seed"], []).name)
         pictures = sorted((run / "pictures").glob("*.png"))

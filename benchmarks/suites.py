@@ -39,15 +39,13 @@ class Suite:
             if not isinstance(getattr(self, name), kind):
                 wanted = "a list of key=value words" if kind is list else "a mapping"
                 raise DiffRLError(f"{name}: {getattr(self, name)!r} is not {wanted}.")
-        for row, words in self.rows.items():
-            if not isinstance(words, list):
-                raise DiffRLError(f"rows: {row}: {words!r} is not a list of key=value words.")
+        for name in ("rows", "quick"):
+            for row, words in getattr(self, name).items():
+                if not isinstance(words, list):
+                    raise DiffRLError(f"{name}: {row}: {words!r} is not a list of key=value words.")
         for row in (*self.tune, *(row for row in self.quick if row != "all")):
             if row not in self.rows:
                 raise unknown("row", row, self.rows)
-        for row, words in self.quick.items():
-            if not isinstance(words, list):
-                raise DiffRLError(f"quick: {row}: {words!r} is not a list of key=value words.")
         for row, grid in self.tune.items():
             values = list(grid.values()) if isinstance(grid, dict) else []
             if len(values) != 1 or not isinstance(values[0], list) or not values[0]:

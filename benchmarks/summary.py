@@ -74,10 +74,15 @@ def table(suite: Suite, rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def several(measures: str | list[str]) -> list[str]:
+    """Return a column's measures, one or more, as a list."""
+    return [measures] if isinstance(measures, str) else measures
+
+
 def first_of(measures: str | list[str], row: dict[str, Any]) -> str:
     """Return the one measure, or the first of several that a row has."""
-    several = [measures] if isinstance(measures, str) else measures
-    return next((measure for measure in several if measure in row), several[0])
+    named = several(measures)
+    return next((measure for measure in named if measure in row), named[0])
 
 
 def _with_interval(row: dict[str, Any], measure: str) -> str:
@@ -127,9 +132,8 @@ def report(
     known = {measure for record in records for measure in record.get("points", [{}])[-1]}
     if any(row["n_seeds"] for row in rows):
         for measures in (*suite.columns.values(), *suite.curve.values()):
-            several = [measures] if isinstance(measures, str) else measures
-            if not known & set(several):
-                raise unknown("measure", several[0], [m for m in known if "/" in m])
-        if suite.curve and curves(suite, records):
-            learning(curves(suite, records), next(iter(suite.curve))).save(out / f"{name}.png")
+            if not known & set(several(measures)):
+                raise unknown("measure", several(measures)[0], [m for m in known if "/" in m])
+        if suite.curve and (panels := curves(suite, records)):
+            learning(panels, next(iter(suite.curve))).save(out / f"{name}.png")
     return rows

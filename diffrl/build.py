@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,10 +75,13 @@ class Setup:
 
     def make_guided(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:
         """Return what evaluations draw with: the guided policy, at most `num_pictures` at a time."""
+        at_once = max(self.config.eval_batch // self.config.guidance.population, 1)
+        return self.guide(policy, reward, min(num_pictures, at_once))
+
+    def guide(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:
+        """Return the policy under its guidance, in an env that draws `num_pictures` at once."""
         guidance = self.config.guidance
-        at_once = max(self.config.eval_batch // guidance.population, 1)
-        count = min(num_pictures, at_once) * guidance.population
-        env = self.make_env(reward, count, guidance.population)
+        env = self.make_env(reward, num_pictures * guidance.population, guidance.population)
         env.prompts = self.eval_prompts
         return guidance.attach(policy, env)
 
@@ -174,10 +178,14 @@ def is_learned(reward: object) -> bool:
     return getattr(reward, "learned", False)
 
 
+def _has_gradient(reward: Any) -> bool:
+    return is_learned(reward) or reward.differentiable
+
+
 def check(config: Config) -> None:
     """Raise DiffRLError for settings that contradict each other."""
     name, reward = settings.chosen(config, "algo"), settings.chosen(config, "reward")
-    if config.algo.needs_gradient and not (is_learned(config.reward) or config.reward.differentiable):
+    if config.algo.needs_gradient and not _has_gradient(config.reward):
         raise DiffRLError(
             f"algo={name} reward={reward}: {name} needs a differentiable reward and {reward!r} is a black "
             "box. Use reward=compressibility."
@@ -201,7 +209,7 @@ def check(config: Config) -> None:
 
 def _check_guidance(config: Config) -> None:
     name, reward = settings.chosen(config, "guidance"), settings.chosen(config, "reward")
-    if config.guidance.needs_gradient and not (is_learned(config.reward) or config.reward.differentiable):
+    if config.guidance.needs_gradient and not _has_gradient(config.reward):
         raise DiffRLError(
             f"guidance={name} reward={reward}: it follows the reward's gradient, and {reward!r} is a black "
             "box. Use guidance=svdd or smc, or reward=compressibility."

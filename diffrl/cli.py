@@ -274,6 +274,7 @@ def _sample(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
+    from diffrl.algorithms.guidance.base import Unguided
     from diffrl.log import console, grid
     from diffrl.rewards.closed_form import ClosedForm
     from diffrl.rewards.jpeg import jpeg_kilobytes
@@ -286,11 +287,9 @@ def _sample(options: argparse.Namespace) -> None:
     setup, policy, reward = _model(options)
     if isinstance(reward, ClosedForm):
         raise DiffRLError(f"{options.words[0]}: its model draws points, not pictures; use 'diffrl eval'.")
-    guided = type(setup.config.guidance).__name__ != "Unguided"
-    if guided and reward.num_classes and options.label < 0:
+    if not isinstance(setup.config.guidance, Unguided) and reward.num_classes and options.label < 0:
         raise DiffRLError("--label -1: guidance asks for a label, or it has nothing to go by.")
-    setup.config.eval_batch = options.n * setup.config.guidance.population
-    actor = setup.make_guided(policy, reward, options.n)
+    actor = setup.guide(policy, reward, options.n)
     if options.label >= 0 and not reward.num_classes:
         raise DiffRLError(f"--label {options.label}: this run has no labels, its reward has no classes.")
     generator = torch.Generator(setup.device).manual_seed(options.seed)

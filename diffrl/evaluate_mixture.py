@@ -106,9 +106,7 @@ class MixtureEvaluation:
 
     def _sampled(self, seed: int) -> dict[str, Any]:
         """Return what rollouts tell of each label, from noise of their own."""
-        guidance = self.setup.config.guidance
-        env = self.setup.make_env(self.reward, _SAMPLES * guidance.population, guidance.population)
-        actor = guidance.attach(self.policy, env)
+        actor = self.setup.guide(self.policy, self.reward, _SAMPLES)
         lists: dict[str, list[float]] = {"log_prob": [], "kl_nats": [], "objective": [], "deviation": []}
         z: list[float] = []
         for label in range(self.reward.num_classes[0]):

@@ -41,9 +41,7 @@ class SMC(Guidance):
     form: str = "sigma2"  # of a twisted proposal's shift; eps is far larger in the last steps
     resampling: str = "systematic"  # or multinomial
     ess_threshold: float = 0.5  # resample where fewer than this share of K are effective; 1: in every step
-    max_shift: float | None = (
-        None  # of |shift| / sigma of a twisted proposal: its square is log w's variance
-    )
+    max_shift: float | None = None  # of a twisted shift's length in sigmas: its square is log w's variance
     last: bool = True  # weigh by the reward itself in the end; the published comparison's code does not
 
     needs_noise: ClassVar[bool] = True
