@@ -17,7 +17,7 @@ import torch
 from diffrl import config
 from diffrl.build import Setup
 from diffrl.rewards.classifier import Classifier
-from diffrl.rewards.log_likelihood import FitReport, LogLikelihood
+from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
 
 # glibc keeps freed pages, more of them the longer the chain: without these the peak is its cache, not ours
 _RETURN_FREED_MEMORY = {
@@ -43,7 +43,8 @@ def peak_megabytes(words: list[str]) -> float:
     setup = Setup(config.load([*full, *words]))
     algo = setup.config.algo
     report = FitReport(0, 0, 0.0, 0.0, 0.0, 0.0, 1.0, ())
-    reward = LogLikelihood(Classifier(4, "dct"), torch.tensor([1.0, 2.0, 3.0]), report).to(setup.device)
+    attribute = Attribute("compressibility", Classifier(4, "dct"), torch.tensor([1.0, 2.0, 3.0]), report)
+    reward = LogLikelihood([attribute]).to(setup.device)
     policy = setup.make_policy(reward.num_classes)
     env = setup.make_env(reward, algo.micro_batch_size)
     optimizer, generator = algo.make_optimizer(policy), setup.generator(2)

@@ -82,6 +82,8 @@ def suites() -> dict[str, Path]:
 def load(name: str) -> Suite:
     """Return the suite of that name, or of that YAML file.
 
+    Its key `base` names another one, which gives every key that it has not itself.
+
     Raises:
         DiffRLError: no such suite or file, a key that no suite has, a value of the wrong form.
     """
@@ -89,16 +91,25 @@ def load(name: str) -> Suite:
     if not path.is_file():
         raise unknown("suite", name, suites())
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise DiffRLError(f"{type(stored).__name__} instead of a mapping.")
-        known = [each.name for each in fields(Suite)]
-        for key in stored:
-            if key not in known:
-                raise unknown("key", key, known)
+        stored = _read(path)
+        if base := stored.pop("base", None):
+            if base not in suites():
+                raise unknown("base", base, suites())
+            stored = _read(suites()[base]) | stored
         for key in ("rows", "columns"):
             if not stored.get(key):
                 raise DiffRLError(f"{key}: missing or empty.")
         return Suite(**stored)
     except (DiffRLError, yaml.YAMLError) as error:
         raise DiffRLError(f"{path}: not a suite: {' '.join(str(error).split())}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(stored, dict):
+        raise DiffRLError(f"{type(stored).__name__} instead of a mapping.")
+    known = ["base", *(each.name for each in fields(Suite))]
+    for key in stored:
+        if key not in known:
+            raise unknown("key", key, known)
+    return stored

@@ -27,7 +27,7 @@ from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
 from diffrl.policy import Policy, Pretrained
 from diffrl.rewards.jpeg import Jpeg
-from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.rewards.log_likelihood import LAYOUT, LogLikelihood
 from diffrl.rollout import rollout
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward
@@ -114,9 +114,13 @@ class Setup:
         if chosen.classifier:
             reward = LogLikelihood.load(Path(chosen.classifier))
             if reward.num_classes != self.num_classes():
+                known, asked = (
+                    " and ".join(f"{n} classes" for n in counts)
+                    for counts in (reward.num_classes, self.num_classes())
+                )
                 raise DiffRLError(
-                    f"reward.classifier={chosen.classifier}: it knows {reward.num_classes[0]} classes, "
-                    f"but reward.num_classes={self.num_classes()[0]}; set that to match."
+                    f"reward.classifier={chosen.classifier}: it knows {known}, this reward has {asked}; "
+                    "set reward.num_classes to match, or choose another reward."
                 )
             return reward
         path = cache_folder() / f"{self._reward_key()}.safetensors"
@@ -125,8 +129,7 @@ class Setup:
             return LogLikelihood.load(path)
         drawn = self.config.dataset is None
         images = self._draw(policy, chosen.num_pictures) if drawn else self._read_folder()
-        fit_generator = torch.Generator().manual_seed(self.config.seed)
-        reward = chosen.fit(images, fit_generator, from_pretrained=drawn)
+        reward = chosen.fit(images, self.config.seed, from_pretrained=drawn)
         path.parent.mkdir(parents=True, exist_ok=True)
         reward.save(path)
         return reward
@@ -161,7 +164,7 @@ class Setup:
         config, digest = self.config, hashlib.sha256()
         fitted = asdict(config.reward)
         del fitted["ceiling"]  # of the reward, not of its classifier
-        facts = [__version__, settings.chosen(config, "reward"), fitted, config.seed]
+        facts = [__version__, LAYOUT, settings.chosen(config, "reward"), fitted, config.seed]
         if config.dataset is None:
             env = asdict(config.env) | {"model": fingerprint(config.env.model)}
             facts += [env, self.prompts, str(self.device.type)]

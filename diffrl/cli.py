@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     sample = add("sample", _sample, "draw pictures with a run's policy")
     sample.add_argument("words", nargs="*", metavar="RUN | key=value", help=model)
     sample.add_argument("--prompt", required=True, help="what to draw")
-    sample.add_argument("--label", type=int, default=-1, help="the control (default -1: none)")
+    sample.add_argument(
+        "--label", type=_label, help="the control, such as 3, or 1,0 of two (default: none)"
+    )
     sample.add_argument("-n", type=int, default=8, help="pictures (default 8)")
     sample.add_argument("--control-scale", type=float, default=1.0, help="strength (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
@@ -214,7 +216,7 @@ def _eval(options: argparse.Namespace) -> None:
     elif isinstance(reward, ClosedForm):
         console.print(table(measures))
     else:
-        _show(measures, reward.edges.tolist() if isinstance(reward, LogLikelihood) else None)
+        _show(measures, reward if isinstance(reward, LogLikelihood) else None)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -275,34 +277,38 @@ def _sample(options: argparse.Namespace) -> None:
     from PIL import Image
 
     from diffrl.algorithms.guidance.base import Unguided
+    from diffrl.evaluate import label_name
     from diffrl.log import console, grid
     from diffrl.rewards.closed_form import ClosedForm
     from diffrl.rewards.jpeg import jpeg_kilobytes
     from diffrl.rewards.log_likelihood import LogLikelihood
     from diffrl.rollout import rollout
-    from diffrl.types import to_pixels
+    from diffrl.types import NO_LABEL, to_pixels
 
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
     setup, policy, reward = _model(options)
     if isinstance(reward, ClosedForm):
         raise DiffRLError(f"{options.words[0]}: its model draws points, not pictures; use 'diffrl eval'.")
-    if not isinstance(setup.config.guidance, Unguided) and reward.num_classes and options.label < 0:
-        raise DiffRLError("--label -1: guidance asks for a label, or it has nothing to go by.")
+    asked, attributes = options.label, len(reward.num_classes)
+    if asked is None and attributes and not isinstance(setup.config.guidance, Unguided):
+        raise DiffRLError("no --label: guidance asks for a label, or it has nothing to go by.")
+    if asked is not None and len(asked) != attributes:
+        has = f"labels here have {attributes} numbers, give them as --label {','.join('0' * attributes)}"
+        has = has if attributes else "this run has no labels, its reward has no classes"
+        raise DiffRLError(f"--label {','.join(map(str, asked))}: {has}.")
+    label = torch.tensor([NO_LABEL] * attributes if asked is None else asked)
     actor = setup.guide(policy, reward, options.n)
-    if options.label >= 0 and not reward.num_classes:
-        raise DiffRLError(f"--label {options.label}: this run has no labels, its reward has no classes.")
     generator = torch.Generator(setup.device).manual_seed(options.seed)
     count = actor.env.num_envs
-    label = torch.full((count, len(reward.num_classes)), options.label)
-    wanted = {"prompts": [options.prompt] * count, "label": label}
+    wanted = {"prompts": [options.prompt] * count, "label": label.expand(count, -1)}
     trajectory = rollout(actor.env, actor, generator, seed=options.seed, options=wanted)
     images = trajectory.images[actor.chosen(generator)]
     sizes = jpeg_kilobytes(images).tolist()
     folder = options.out or (_run_folder(options.words) or Path()) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     stem = options.prompt.replace(" ", "-").replace("/", "-")
-    stem += f"-label{options.label}" if reward.num_classes else ""
+    stem += f"-label{label_name(label)}" if attributes else ""
     for number, pixels in enumerate(to_pixels(images)):
         Image.fromarray(pixels).save(folder / f"{stem}-{number:02d}.png")
     across = 8
@@ -310,9 +316,9 @@ def _sample(options: argparse.Namespace) -> None:
     rows[-1] = torch.cat([rows[-1], rows[-1].new_ones(len(rows[0]) - len(rows[-1]), *rows[0].shape[1:])])
     grid(rows, [""] * len(rows)).save(folder / f"{stem}.png")
     of_class = ""
-    if options.label >= 0 and isinstance(reward, LogLikelihood):
-        hits = int((reward.true_class(images) == options.label).sum())
-        of_class = f", {hits} of true class {options.label}"
+    if asked is not None and isinstance(reward, LogLikelihood):
+        hits = int((reward.true_class(images) == label).all(1).sum())
+        of_class = f", {hits} of true class {label_name(label)}"
     console.print(
         f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB{of_class}"
     )
@@ -343,13 +349,22 @@ def _list(options: argparse.Namespace) -> None:
     console.print(table)
 
 
-def _show(measures: dict[str, Any], edges: list[float] | None) -> None:
+def _label(text: str) -> list[int]:
+    """Return a label from its numbers with commas between; argparse says what is wrong with another."""
+    return [int(number) for number in text.split(",")]
+
+
+def _show(measures: dict[str, Any], reward: Any) -> None:
+    """Print what 'eval' measured; `reward` is a LogLikelihood, or None if it is a black box."""
     from diffrl.log import console
 
     said = [f"reward {measures['reward_mean']:.3f} +- {measures['reward_std']:.3f}"]
-    if edges:
-        console.print(_control_table(measures, edges))
+    if reward is not None:
+        console.print(_control_table(measures, reward))
         said = [f"accuracy {measures['accuracy']:.3f}, macro F1 {measures['macro_f1']:.3f}"]
+        for attribute in reward.attributes if len(reward.attributes) > 1 else ():
+            accuracy, f1 = (measures[f"{attribute.name}/{name}"] for name in ("accuracy", "macro_f1"))
+            console.print(f"{attribute.measure.title} alone: accuracy {accuracy:.3f}, macro F1 {f1:.3f}")
         said += [f"log p {measures['mean_logp']:.2f}"]
     if measures["kl_nats"] is not None:
         said += [f"KL {measures['kl_nats']:.1f} nats"]
@@ -366,19 +381,23 @@ def _show(measures: dict[str, Any], edges: list[float] | None) -> None:
     console.print(f"{measures['n']} pictures, {calls} and {measures['seconds_per_image']:.3f} s a picture")
 
 
-def _control_table(measures: dict[str, Any], edges: list[float]) -> Any:
+def _control_table(measures: dict[str, Any], reward: Any) -> Any:
     from rich.table import Table
 
-    bounds = [f"> {edges[-1]:.2f} kB"]
-    bounds += [f"{a:.2f} to {b:.2f}" for a, b in zip(edges[-2::-1], edges[:0:-1], strict=True)]
-    bounds += [f"<= {edges[0]:.2f} kB"]
+    from diffrl.evaluate import label_name
+    from diffrl.types import every_label
+
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("label", "true size", "accuracy", "J", "log Z", "gap (nats)"):
+    titles = [attribute.measure.title for attribute in reward.attributes]
+    for heading in ("label", *titles, "accuracy", "J", "log Z", "gap (nats)"):
         table.add_column(heading, justify="right")
-    for y, bound in enumerate(bounds):
-        nats = (measures[key][y] if measures.get(key) else None for key in ("objective", "log_z", "gap"))
+    bounds = [attribute.measure.bounds(attribute.edges) for attribute in reward.attributes]
+    for number, label in enumerate(every_label(reward.num_classes)):
+        asked = [words[y] for words, y in zip(bounds, label.tolist(), strict=True)]
+        keys = ("objective", "log_z", "gap")
+        nats = (measures[key][number] if measures.get(key) else None for key in keys)
         known = ("-" if value is None else f"{value:.2f}" for value in nats)
-        table.add_row(str(y), bound, f"{measures['per_class'][y]:.3f}", *known)
+        table.add_row(label_name(label), *asked, f"{measures['per_class'][number]:.3f}", *known)
     return table
 
 

@@ -39,6 +39,7 @@ from diffrl.policy import LoRA
 from diffrl.rewards.closed_form import Gaussian, Softmax
 from diffrl.rewards.compressibility import Compressibility
 from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
+from diffrl.rewards.multitask import Multitask
 
 GROUPS: dict[str, dict[str, type]] = {
     "algo": {
@@ -55,6 +56,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "gaussian": Gaussian,
         "jpeg": Jpeg,
         "jpeg_incompressible": JpegIncompressible,
+        "multitask": Multitask,
         "softmax": Softmax,
     },
     "guidance": {

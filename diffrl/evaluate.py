@@ -1,8 +1,9 @@
 """Does the control work? Classes by the true measure, KL and objective in nats, pictures to look at.
 
-Shapes: n pictures, K classes.
+Shapes: n pictures, A attributes of a label, C labels in all.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from diffrl.algorithms.guidance.base import Guidance
 from diffrl.log import grid
 from diffrl.policy import Pretrained
 from diffrl.quality import brisque, clip_score, diversity
-from diffrl.rewards.jpeg import jpeg_kilobytes
 from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.rewards.measures import MEASURES
 from diffrl.rewards.prompt_fidelity import PromptFidelity
 from diffrl.rollout import rollout
-from diffrl.types import NO_LABEL
+from diffrl.types import NO_LABEL, every_label
 
 
 def evaluate(
@@ -41,8 +42,8 @@ def evaluate(
     """
     env = actor.env
     generator = torch.Generator(env.device).manual_seed(seed)
-    counts = env.reward.num_classes
-    target = torch.arange(num_pictures) * (counts[0] if counts else 0) // num_pictures
+    labels = every_label(env.reward.num_classes)
+    target = labels[torch.arange(num_pictures) * len(labels) // num_pictures]
     reference = actor.policy.reference if env.schedule.eta > 0 else None
     rewards, kl, drawn = [], [], []
     prompts: list[str] = []
@@ -50,7 +51,7 @@ def evaluate(
     for start in range(0, num_pictures, at_once):
         # the last batch is filled up and trimmed: N is fixed
         index = torch.arange(start, start + at_once).clamp(max=num_pictures - 1)
-        options = {"label": target[index, None].repeat_interleave(actor.population, 0)} if counts else None
+        options = {"label": target[index].repeat_interleave(actor.population, 0)}
         first = seed if start == 0 else None
         trajectory = rollout(env, actor, generator, reference=reference, seed=first, options=options)
         kept = actor.chosen(generator)[: num_pictures - start]
@@ -68,35 +69,61 @@ def evaluate(
         "n": num_pictures,
     }
     if isinstance(env.reward, LogLikelihood):
-        measures |= _control(env.reward, target, env.reward.true_class(images), reward)
+        measures |= _control(env.reward, target, env.reward.true_class(images))
+        measures["mean_logp"] = float(reward.mean())
         if kl:
             measures |= _optimality(env.reward, target, gamma * reward - torch.cat(kl), gamma)
     if judge is not None:
         measures["prompt_fidelity"] = float(judge(images.to(env.device), prompts).float().mean())
     measures |= {
-        "diversity": diversity(images, list(zip(prompts, target.tolist(), strict=True))),
+        "diversity": diversity(images, list(zip(prompts, map(tuple, target.tolist()), strict=True))),
         "brisque": brisque(images),
         "clip_score": clip_score(images, prompts, clip),
     }
     return measures | _cost(actor, seed)
 
 
-def _control(reward: LogLikelihood, target: Tensor, guess: Tensor, log_p: Tensor) -> dict[str, Any]:
-    """Return how well labels are obeyed, by the true measure, never by the classifier."""
-    labels = list(range(*reward.num_classes))
-    confusion = confusion_matrix(target, guess, labels=labels)
+def _control(reward: LogLikelihood, target: Tensor, true: Tensor) -> dict[str, Any]:
+    """Return how well labels `[n, A]` are obeyed, by the true measures, never by a classifier.
+
+    A picture is right if every attribute is; classes are whole labels, in the order of `every_label`. Of
+    several attributes, each one's accuracy and macro F1 besides, as CTRL reports them.
+    """
+    wanted, got = (_index(label, reward.num_classes) for label in (target, true))
+    labels = list(range(math.prod(reward.num_classes)))
+    confusion = confusion_matrix(wanted, got, labels=labels)
+    measures = _scores(wanted, got, labels) | {
+        "confusion": confusion.tolist(),
+        "per_class": (confusion.diagonal() / confusion.sum(1).clip(min=1)).tolist(),
+    }
+    if len(reward.attributes) > 1:
+        columns = zip(reward.attributes, target.unbind(1), true.unbind(1), strict=True)
+        for attribute, own_target, own in columns:
+            own_labels = list(range(attribute.classifier.num_classes))
+            for name, value in _scores(own_target, own, own_labels).items():
+                measures[f"{attribute.name}/{name}"] = value
+    return measures
+
+
+def _scores(target: Tensor, guess: Tensor, labels: list[int]) -> dict[str, Any]:
     return {
         "accuracy": float(accuracy_score(target, guess)),
         "macro_f1": float(f1_score(target, guess, labels=labels, average="macro", zero_division=0)),
-        "confusion": confusion.tolist(),
-        "per_class": (confusion.diagonal() / confusion.sum(1).clip(min=1)).tolist(),
-        "mean_logp": float(log_p.mean()),
     }
+
+
+def _index(label: Tensor, num_classes: tuple[int, ...]) -> Tensor:
+    """Return the place of each of `label` `[n, A]` in `every_label`, `[n]`."""
+    index = torch.zeros(len(label), dtype=torch.int64)
+    for column, count in zip(label.unbind(1), num_classes, strict=True):
+        index = index * count + column
+    return index
 
 
 def _optimality(reward: LogLikelihood, target: Tensor, objective: Tensor, gamma: float) -> dict[str, Any]:
     """Return J = gamma log p - KL and the gap log Z - J of each label, nats; null where Z is unknown."""
-    per_label = torch.stack([objective[target == y].mean() for y in range(*reward.num_classes)])
+    labels = every_label(reward.num_classes)
+    per_label = torch.stack([objective[(target == label).all(1)].mean() for label in labels])
     log_z = reward.log_z(gamma)
     return {
         "objective": per_label.tolist(),
@@ -128,21 +155,31 @@ def picture_grid(actor: Guidance, prompts: list[str], *, seed: int = 42) -> Imag
     words = (prompts * env.num_envs)[: env.num_envs // actor.population]
     rows: list[Tensor] = []
     names = []
-    counts = env.reward.num_classes
-    for label in [None, *range(*counts)] if counts else [None, NO_LABEL]:
+    labels = every_label(env.reward.num_classes)
+    null = torch.full_like(labels[:1], NO_LABEL)
+    measured = [MEASURES["compressibility"]]
+    if isinstance(env.reward, LogLikelihood):
+        measured = [attribute.measure for attribute in env.reward.attributes]
+    for number, label in enumerate(torch.cat([null, labels])):
         generator = torch.Generator(env.device).manual_seed(seed)
-        options: dict[str, Any] = {"prompts": [word for word in words for _ in range(actor.population)]}
-        if counts:
-            options["label"] = torch.full((env.num_envs, 1), NO_LABEL if label is None else label)
-        drawn = rollout(
-            env, Pretrained(actor.policy) if label is None else actor, generator, seed=seed, options=options
-        )
+        options = {
+            "prompts": [word for word in words for _ in range(actor.population)],
+            "label": label.expand(env.num_envs, -1),
+        }
+        drawer = actor if number else Pretrained(actor.policy)
+        drawn = rollout(env, drawer, generator, seed=seed, options=options)
         first = torch.arange(len(words)) * actor.population
-        rows.append(drawn.images[first if label is None else actor.chosen(generator)])
-        size = float(jpeg_kilobytes(rows[-1]).mean())
-        name = "pretrained" if label is None else f"label {label}" if counts else "trained"
-        names.append(f"{name}\n{size:.2f} kB")
+        rows.append(drawn.images[actor.chosen(generator) if number else first])
+        lines = ["pretrained" if not number else f"label {label_name(label)}" if len(label) else "trained"]
+        for measure in measured:
+            lines.append(f"{float(measure.of(rows[-1]).mean()):.2f} {measure.unit or measure.title}")
+        names.append("\n".join(lines))
     return grid(rows, names, words)
+
+
+def label_name(label: Tensor) -> str:
+    """Return a label `[A]` as it is written on the command line."""
+    return ",".join(map(str, label.tolist()))
 
 
 def load_judge(model: str) -> PromptFidelity | None:

@@ -108,8 +108,8 @@ class Run:
         for _ in range(algo.batch_size // algo.micro_batch_size):
             trajectory = algo.collect(self.env, self.policy, self.generator)
             if isinstance(self.reward, LogLikelihood):
-                label = trajectory.context.label[:, 0].cpu()
-                hits.append(self.reward.true_class(trajectory.images) == label)
+                label = trajectory.context.label.cpu()
+                hits.append((self.reward.true_class(trajectory.images) == label).all(1))
             yield trajectory
 
     def _evaluate(self, update: int, num_pictures: int) -> None:
@@ -174,20 +174,28 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Rewar
 
 
 def describe(reward: LogLikelihood) -> str:
-    """Return the fit's report in a line or two."""
-    report = reward.report
-    edges = ", ".join(f"{edge:.2f}" for edge in reward.edges.tolist())
-    return (
-        f"classifier: accuracy {report.accuracy:.3f}, NLL {report.nll_before:.3f} -> {report.nll:.3f} at "
-        f"temperature {report.temperature:.2f}, ECE {report.ece:.3f} on {report.num_held_out} held-out "
-        f"pictures; edges {edges} kB, {list(report.class_counts)} pictures a class"
-    )
+    """Return the fit's report, a line or two each attribute."""
+    lines = []
+    for attribute in reward.attributes:
+        report, measure = attribute.report, attribute.measure
+        edges = ", ".join(f"{edge:.2f}" for edge in attribute.edges.tolist())
+        lines.append(
+            f"classifier of {measure.title}: accuracy {report.accuracy:.3f}, NLL {report.nll_before:.3f} "
+            f"-> {report.nll:.3f} at temperature {report.temperature:.2f}, ECE {report.ece:.3f} on "
+            f"{report.num_held_out} held-out pictures; edges {f'{edges} {measure.unit}'.rstrip()}, "
+            f"{list(report.class_counts)} pictures a class"
+        )
+    return "\n".join(lines)
 
 
 def _report(reward: Any) -> dict[str, Any]:
     if not isinstance(reward, LogLikelihood):
         return {}
-    return {f"classifier/{name}": value for name, value in asdict(reward.report).items()}
+    return {
+        f"classifier/{attribute.name}/{name}": value
+        for attribute in reward.attributes
+        for name, value in asdict(attribute.report).items()
+    }
 
 
 def _note(metrics: dict[str, float]) -> str:

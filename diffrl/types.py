@@ -5,6 +5,7 @@ Shapes: N envs, T steps, C,H,W latent, A attributes a label has, L tokens, E wid
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -180,6 +181,12 @@ def draw(distribution: Independent, generator: torch.Generator) -> Tensor:
     mean = distribution.mean
     noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
     return mean + distribution.stddev * noise.to(mean.device)
+
+
+def every_label(num_classes: Sequence[int]) -> Tensor:
+    """Return all labels of attributes with so many classes each, `[C, A]`: the last one counts fastest."""
+    labels = list(product(*map(range, num_classes)))
+    return torch.tensor(labels, dtype=torch.int64).reshape(len(labels), len(num_classes))
 
 
 def to_pixels(images: Tensor) -> np.ndarray:

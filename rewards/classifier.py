@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffrl.rewards.measures import opponents
+
 
 class ConvFeatures(nn.Module):
     """Four strided convolutions and a global average: `[N, 3, H, W]` to `[N, 128]`.
@@ -79,8 +81,26 @@ class BlockDCTFeatures(nn.Module):
         return torch.cat(features, 1)
 
 
-FEATURES: dict[str, type[ConvFeatures] | type[BlockDCTFeatures]] = {
+class ColourFeatures(nn.Module):
+    """What colourfulness is made of, differentiably: `[N, 3, H, W]` to `[N, 6]`.
+
+    Of each opponent plane mean and standard deviation over the picture, and both planes' joint ones.
+    """
+
+    size = 6
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features of `images`, `[N, 6]`."""
+        planes = opponents(images).flatten(2)
+        mean, variance = planes.mean(2), planes.var(2, correction=0)
+        # 1: a step of 8 bits, without which a picture of one colour would have no derivative
+        lengths = [(square.sum(1, keepdim=True) + 1).sqrt() for square in (mean.square(), variance)]
+        return torch.cat([mean, (variance + 1).sqrt(), *lengths], 1)
+
+
+FEATURES: dict[str, type[ConvFeatures] | type[BlockDCTFeatures] | type[ColourFeatures]] = {
     "dct": BlockDCTFeatures,
+    "colour": ColourFeatures,
     "cnn": ConvFeatures,
 }
 
@@ -90,7 +110,7 @@ class Classifier(nn.Module):
 
     Args:
         num_classes: K.
-        features: "dct" (for anything about compression) or "cnn" (for anything else).
+        features: "dct" (for anything about compression), "colour", or "cnn" (for anything else).
         hidden: width of the head's one hidden layer.
     """
 

@@ -31,7 +31,7 @@ class ClosedForm:
 
     def __call__(self, images: Tensor, context: Context) -> Tensor:
         """Return log p(y|x) of each point's own label, nats, `[N]`; 0 where it is NO_LABEL."""
-        return of_label(self.log_prob(images), context)
+        return of_label(self.log_prob(images), context.label[:, 0])
 
     def draw_label(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return a label of each point, drawn from p(y|x), if need be normalised over y, `[N, 1]`."""

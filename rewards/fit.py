@@ -4,16 +4,55 @@ Shapes: M pictures `[M, 3, H, W]` in [0, 1] or uint8, K classes.
 Source: CTRL, arXiv:2406.12120, algorithm 1 and appendix; temperature scaling, arXiv:1706.04599.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffrl.errors import DiffRLError
 from diffrl.rewards.classifier import Classifier
-from diffrl.rewards.log_likelihood import FitReport
+from diffrl.rewards.log_likelihood import Attribute, FitReport
+from diffrl.rewards.measures import MEASURES
 
 HELD_OUT = 0.2  # CTRL: an 80/20 split
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 60, 64, 3e-3, 1.0  # chosen: held-out NLL on emoji
+
+
+def fit_attribute(
+    measure: str,
+    images: Tensor,
+    edges: Sequence[float] | None,
+    num_classes: int,
+    *,
+    features: str,
+    seed: int,
+    from_pretrained: bool,
+) -> Attribute:
+    """Label `images` by their true measure, fit and calibrate p(y|x), and return both.
+
+    Args:
+        measure: of `MEASURES`.
+        images: `[M, 3, S, S]`, uint8 or float in [0, 1].
+        edges: K - 1 of them, rising; None: such that the K classes hold equally many pictures.
+        num_classes: K.
+        features: see `Classifier`.
+        seed: of the fit. The same seed holds out the same pictures, whatever the measure.
+        from_pretrained: they were drawn from the pretrained policy, so log Z follows from them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    true = MEASURES[measure]
+    values = torch.cat([true.of(as_float(part)) for part in images.split(256)])
+    if edges is None:
+        bounds = values.quantile(torch.arange(1, num_classes) / num_classes)
+    else:
+        bounds = torch.tensor(edges)
+    classifier, report, held_out = fit_classifier(
+        images, true.class_of(values, bounds), num_classes, features=features, generator=generator
+    )
+    with torch.no_grad():
+        log_prob = torch.cat([classifier(as_float(images[i])) for i in held_out.split(128)])
+    return Attribute(measure, classifier, bounds, report, log_prob if from_pretrained else None)
 
 
 def fit_classifier(
@@ -74,6 +113,14 @@ def fit_classifier(
         class_counts=tuple(counts.tolist()),
     )
     return classifier, report, held_out
+
+
+def check_ceiling(ceiling: float, num_classes: int) -> None:
+    """Raise DiffRLError unless a ceiling of p(y|x) lies above chance, and at 1 at most."""
+    if not 1 / num_classes < ceiling <= 1:
+        raise DiffRLError(
+            f"reward.ceiling={ceiling}: must be at most 1, and more than chance, 1/{num_classes}."
+        )
 
 
 def as_float(images: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""The reward log p(y|x, c): a learned, calibrated classifier of a true measure.
+"""The reward log p(y|x, c): a learned, calibrated classifier of each true measure that the label asks for.
 
-Shapes: N pictures `[N, 3, H, W]` in [0, 1], K classes. Source: CTRL, arXiv:2406.12120, algorithm 1.
+Shapes: N pictures `[N, 3, H, W]` in [0, 1], A attributes, K classes of one, C = their product over the
+attributes. Source: CTRL, arXiv:2406.12120, algorithm 1.
 """
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +20,11 @@ from typing_extensions import Self
 
 from diffrl.errors import DiffRLError
 from diffrl.rewards.classifier import FEATURES, Classifier
-from diffrl.rewards.jpeg import jpeg_kilobytes
+from diffrl.rewards.measures import MEASURES
 from diffrl.types import NO_LABEL, Context
+
+LAYOUT = 2
+"""Of the file that holds a reward; another one's is not read."""
 
 
 @dataclass(frozen=True)
@@ -36,96 +41,114 @@ class FitReport:
     class_counts: tuple[int, ...]
 
 
-def class_of(size: Tensor, edges: Tensor) -> Tensor:
-    """Return the class of each size `[N]` in kB: the number of edges it does not exceed.
-
-    So the last class holds the smallest files, and a size on an edge belongs to the smaller side
-    (CTRL: r >= -60 is class 3, with r minus the size).
-    """
-    return (size[:, None] <= edges.to(size)).sum(1)
-
-
-def of_label(log_prob: Tensor, context: Context) -> Tensor:
-    """Return each row's entry for its own label, `[N]` of `log_prob` `[N, K]`; 0 where it is NO_LABEL."""
-    label = context.label[:, 0]
+def of_label(log_prob: Tensor, label: Tensor) -> Tensor:
+    """Return each row's entry of `log_prob` `[N, K]` for its `label` `[N]`; 0 where that is NO_LABEL."""
     own = log_prob.gather(1, label.clamp(min=0)[:, None])[:, 0]
     return torch.where(label == NO_LABEL, torch.zeros_like(own), own)
 
 
-class LogLikelihood(nn.Module):
-    """r(x, c, y) = log p(y|x), from the log-softmax; the strength gamma belongs to the algorithm.
-
-    Differs from CTRL's code, log(p + 1e-6), whose gradient vanishes where it is needed most.
+class Attribute(nn.Module):
+    """One number of a label: log p(y|x), and the true measure that it is about.
 
     Args:
+        measure: of `MEASURES`.
         classifier: gives log p(y|x).
-        edges: `[K - 1]`, kB, rising: the classes of the true measure.
+        edges: `[K - 1]`, rising: the classes of the true measure.
         report: of the fit.
         pretrained_log_prob: `[M, K]`, log p(y|x) on pictures of the pretrained policy that the
             classifier was not fitted to; from these comes log Z. None where the data were others.
-        ceiling: c in (0, 1]. The reward is log min(p(y|x), c): past what the classifier can tell, it asks
-            for nothing more, and the KL alone moves the picture.
     """
 
-    differentiable: ClassVar[bool] = True
     edges: Tensor
     pretrained_log_prob: Tensor | None
 
     def __init__(
         self,
+        measure: str,
         classifier: Classifier,
         edges: Tensor,
         report: FitReport,
         pretrained_log_prob: Tensor | None = None,
-        ceiling: float = 1.0,
     ) -> None:
         super().__init__()
+        self.name, self.measure = measure, MEASURES[measure]
         self.classifier = classifier.eval().requires_grad_(False)
         self.register_buffer("edges", edges)
         self.register_buffer("pretrained_log_prob", pretrained_log_prob)
         self.report = report
-        self.ceiling = ceiling
-        self.num_classes: tuple[int, ...] = (classifier.num_classes,)
-
-    def forward(self, images: Tensor, context: Context) -> Tensor:
-        """Return log min(p(y|x), ceiling) in nats, `[N]`; 0 where the label is NO_LABEL."""
-        return of_label(self.classifier(images).clamp(max=math.log(self.ceiling)), context)
-
-    def measure(self, images: Tensor) -> Tensor:
-        """Return the true measure, JPEG size in kB, `[N]`."""
-        return jpeg_kilobytes(images)
 
     def true_class(self, images: Tensor) -> Tensor:
         """Return the class by the true measure, never by the classifier, `[N]`."""
-        return class_of(self.measure(images), self.edges.cpu())
+        return self.measure.class_of(self.measure.of(images), self.edges.cpu())
 
-    def draw_label(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the true class, `[N, 1]`: nothing is random about it."""
-        return self.true_class(images)[:, None]
-
-    def log_z(self, gamma: float) -> Tensor | None:
-        """Return the Monte Carlo estimate of log E_ref[exp(gamma r)] for each class, `[K]`, nats.
-
-        The expectation is over prompts too, so by Jensen it is no less than the mean of log Z(c), and
-        still an upper bound of the objective averaged over prompts.
-        """
-        if self.pretrained_log_prob is None:
-            return None
-        count = len(self.pretrained_log_prob)
-        log_prob = self.pretrained_log_prob.clamp(max=math.log(self.ceiling))
-        return (gamma * log_prob).logsumexp(0) - math.log(count)
-
-    def save(self, path: Path) -> None:
-        """Write everything to one safetensors file."""
+    def facts(self) -> dict[str, Any]:
+        """Return what is not a tensor."""
         features = next(
             name for name, kind in FEATURES.items() if isinstance(self.classifier.features, kind)
         )
-        config = {
-            "num_classes": self.classifier.num_classes,
-            "features": features,
-            "report": vars(self.report),
-            "ceiling": self.ceiling,
+        classes = self.classifier.num_classes
+        return {"measure": self.name, "num_classes": classes, "features": features} | {
+            "report": vars(self.report)
         }
+
+
+class LogLikelihood(nn.Module):
+    """r(x, c, y) = log p(y|x), from the log-softmax; the strength gamma belongs to the algorithm.
+
+    Of several attributes, independent given x: the sum of theirs. Differs from CTRL's code, log(p + 1e-6),
+    whose gradient vanishes where it is needed most, and which counts compressibility twice.
+
+    Args:
+        attributes: in the label's order.
+        ceiling: c in (0, 1]. The reward of each is log min(p(y|x), c): past what the classifier can tell,
+            it asks for nothing more, and the KL alone moves the picture.
+    """
+
+    differentiable: ClassVar[bool] = True
+
+    def __init__(self, attributes: Sequence[Attribute], ceiling: float = 1.0) -> None:
+        super().__init__()
+        self.attributes: Sequence[Attribute] = nn.ModuleList(attributes)  # type: ignore[assignment]
+        self.ceiling = ceiling
+        self.num_classes = tuple(attribute.classifier.num_classes for attribute in attributes)
+
+    def forward(self, images: Tensor, context: Context) -> Tensor:
+        """Return sum_a log min(p(y_a|x), ceiling) in nats, `[N]`; 0 for those that are NO_LABEL."""
+        own = [
+            of_label(self._capped(attribute.classifier(images)), label)
+            for attribute, label in zip(self.attributes, context.label.unbind(1), strict=True)
+        ]
+        return torch.stack(own).sum(0)
+
+    def true_class(self, images: Tensor) -> Tensor:
+        """Return the classes by the true measures, never by a classifier, `[N, A]`."""
+        return torch.stack([attribute.true_class(images) for attribute in self.attributes], 1)
+
+    def draw_label(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the true classes, `[N, A]`: nothing is random about them."""
+        return self.true_class(images)
+
+    def log_z(self, gamma: float) -> Tensor | None:
+        """Return the Monte Carlo estimate of log E_ref[exp(gamma r)] for each label, `[C]`, nats.
+
+        In the order of `every_label`. The expectation is over prompts too, so by Jensen it is no less than
+        the mean of log Z(c), and still an upper bound of the objective averaged over prompts.
+        """
+        total = torch.zeros(1, 1, device=self.attributes[0].edges.device)
+        for attribute in self.attributes:
+            if attribute.pretrained_log_prob is None:
+                return None
+            own = self._capped(attribute.pretrained_log_prob)
+            total = (total[:, :, None] + own[:, None, :]).flatten(1)
+        return (gamma * total).logsumexp(0) - math.log(len(total))
+
+    def _capped(self, log_prob: Tensor) -> Tensor:
+        return log_prob.clamp(max=math.log(self.ceiling))
+
+    def save(self, path: Path) -> None:
+        """Write everything to one safetensors file."""
+        attributes = [attribute.facts() for attribute in self.attributes]
+        config = {"layout": LAYOUT, "ceiling": self.ceiling, "attributes": attributes}
         tensors = {name: t.cpu().contiguous() for name, t in self.state_dict().items()}
         draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it at once
         save_file(tensors, draft, metadata={"diffrl.classifier": json.dumps(config)})
@@ -139,15 +162,14 @@ class LogLikelihood(nn.Module):
             DiffRLError: no such file, or not a whole one of ours.
         """
         config, tensors = _read(path)
-        classifier = Classifier(config["num_classes"], config["features"])
-        report = config["report"] | {"class_counts": tuple(config["report"]["class_counts"])}
-        reward = cls(
-            classifier,
-            tensors["edges"],
-            FitReport(**report),
-            tensors.get("pretrained_log_prob"),
-            config.get("ceiling", 1.0),  # a file from before there was one
-        )
+        attributes = []
+        for number, facts in enumerate(config["attributes"]):
+            classifier = Classifier(facts["num_classes"], facts["features"])
+            report = facts["report"] | {"class_counts": tuple(facts["report"]["class_counts"])}
+            edges = tensors[f"attributes.{number}.edges"]
+            known = tensors.get(f"attributes.{number}.pretrained_log_prob")
+            attributes.append(Attribute(facts["measure"], classifier, edges, FitReport(**report), known))
+        reward = cls(attributes, config["ceiling"])
         reward.load_state_dict(tensors)
         return reward
 
@@ -158,6 +180,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["diffrl.classifier"])
+            if config.get("layout") != LAYOUT:
+                raise ValueError(f"of layout {config.get('layout', 1)}, this version reads {LAYOUT}")
             return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise DiffRLError(

@@ -65,6 +65,17 @@ class TestSuiteFile:
         with pytest.raises(DiffRLError, match=r"mine.yaml: not a suite: (rows|columns|seeds): "):
             suites.load(str(write(tmp_path, **parts)))
 
+    def test_a_base_gives_what_the_suite_has_not_itself(self, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump({"base": "compressibility", "seeds": 1, "columns": COLUMNS}))
+        base, mine = suites.load("compressibility"), suites.load(str(path))
+        assert (mine.rows, mine.tune, mine.quick) == (base.rows, base.tune, base.quick)
+        assert (mine.seeds, mine.columns) == (1, COLUMNS)
+
+    def test_a_base_that_is_no_suite_is_named(self, tmp_path, capsys):
+        message = fails(capsys, *words(write(tmp_path, base="compresibility")))
+        assert "base=compresibility: no such base. Did you mean 'compressibility'?" in message
+
     def test_a_mistake_in_the_last_row_shows_before_the_first_is_run(self, tmp_path, capsys):
         path = write(tmp_path, rows=ROWS | {"last": ["algo.gama=3"]})
         assert "algo.gama: no such setting" in fails(capsys, *words(path))

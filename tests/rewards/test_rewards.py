@@ -1,5 +1,6 @@
 import io
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from diffrl.errors import DiffRLError
-from diffrl.rewards.classifier import BlockDCTFeatures, Classifier
+from diffrl.rewards import compressibility
+from diffrl.rewards.classifier import FEATURES, BlockDCTFeatures, Classifier
 from diffrl.rewards.compressibility import Compressibility
 from diffrl.rewards.fit import calibrate, expected_calibration_error, fit_classifier
 from diffrl.rewards.jpeg import Jpeg, jpeg_kilobytes
-from diffrl.rewards.log_likelihood import LogLikelihood, class_of
+from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.rewards.measures import MEASURES
 from diffrl.types import NO_LABEL, Context
 
 
@@ -56,13 +59,18 @@ class TestClasses:
         # r = -kB: class 3 r >= -60, 2 r >= -85, 1 r >= -110, 0 below (CTRL)
         sizes = torch.tensor([20.0, 60.0, 60.1, 85.0, 85.1, 110.0, 110.1, 300.0])
         edges = torch.tensor([60.0, 85.0, 110.0])
-        assert class_of(sizes, edges).tolist() == [3, 3, 2, 2, 1, 1, 0, 0]
+        assert MEASURES["compressibility"].class_of(sizes, edges).tolist() == [3, 3, 2, 2, 1, 1, 0, 0]
 
-    def test_published_edges_at_512_px_and_quantiles_elsewhere(self):
-        sizes = torch.arange(100.0)
-        assert Compressibility()._edges(sizes, 512).tolist() == [60, 85, 110]
-        assert_close(Compressibility()._edges(sizes, 64), [24.75, 49.5, 74.25], atol=1e-4)
-        assert Compressibility(edges=[1.0, 2.0])._edges(sizes, 64).tolist() == [1, 2]
+    def test_published_edges_at_512_px_and_quantiles_elsewhere(self, monkeypatch):
+        fit = Mock()
+        monkeypatch.setattr(compressibility, "fit_attribute", fit)
+        monkeypatch.setattr(compressibility, "LogLikelihood", Mock())
+        large, small = torch.zeros(1, 3, 512, 512), torch.zeros(1, 3, 64, 64)
+        Compressibility().fit(large, 0, from_pretrained=True)
+        Compressibility().fit(small, 0, from_pretrained=True)
+        Compressibility(edges=[1.0, 2.0]).fit(large, 0, from_pretrained=True)
+        asked = [call.args[2:] for call in fit.call_args_list]
+        assert asked == [((60.0, 85.0, 110.0), 4), (None, 4), ([1.0, 2.0], 3)]
 
     @pytest.mark.parametrize("settings", [{"edges": [3.0, 2.0]}, {"edges": []}, {"num_classes": 1}])
     def test_impossible_settings_are_refused(self, settings):
@@ -91,12 +99,12 @@ class TestFeatures:
 
     def test_a_picture_s_score_does_not_depend_on_its_batch(self):
         images = torch.rand(5, 3, 32, 32)
-        for features in ("dct", "cnn"):
+        for features in FEATURES:
             classifier = Classifier(3, features).eval()
             with torch.no_grad():
                 assert_close(classifier(images)[2:3], classifier(images[2:3]), atol=1e-5)
 
-    @pytest.mark.parametrize("features", ["dct", "cnn"])
+    @pytest.mark.parametrize("features", FEATURES)
     def test_the_gradient_reaches_every_picture(self, features):
         images = torch.rand(3, 3, 32, 32, requires_grad=True)
         Classifier(3, features)(images)[:, 0].sum().backward()
@@ -106,7 +114,8 @@ class TestFeatures:
 class TestFit:
     def fitted(self, features="dct"):
         images = pictures()
-        label = class_of(jpeg_kilobytes(images), jpeg_kilobytes(images).quantile(torch.tensor([0.5])))
+        sizes = jpeg_kilobytes(images)
+        label = MEASURES["compressibility"].class_of(sizes, sizes.median()[None])
         return fit_classifier(
             images, label, 2, features=features, generator=torch.Generator().manual_seed(0)
         )
@@ -162,13 +171,12 @@ class TestFit:
 
 class TestLogLikelihood:
     def reward(self):
-        generator = torch.Generator().manual_seed(0)
-        return Compressibility(num_classes=3).fit(pictures(), generator, from_pretrained=True)
+        return Compressibility(num_classes=3).fit(pictures(), 0, from_pretrained=True)
 
     def test_it_is_the_log_softmax_of_the_label(self):
         reward, images = self.reward(), pictures(6)
         label = [0, 1, 2, 0, 1, 2]
-        log_p = reward.classifier(images)
+        log_p = reward.attributes[0].classifier(images)
         assert_close(log_p.exp().sum(1), torch.ones(6), atol=1e-5)
         expected = torch.stack([log_p[n, y] for n, y in enumerate(label)])
         assert_close(reward(images, context(label)), expected, atol=1e-6)
@@ -180,9 +188,9 @@ class TestLogLikelihood:
     def test_the_gradient_does_not_vanish_where_p_is_tiny(self):
         """log(p + 1e-6), as in CTRL's code, would have none here."""
         reward = self.reward()
-        reward.classifier.temperature.fill_(1e-2)
+        reward.attributes[0].classifier.temperature.fill_(1e-2)
         images = pictures(40)
-        log_p = reward.classifier(images)
+        log_p = reward.attributes[0].classifier(images)
         far = log_p.min(1).values.argsort()[:1]
         image = images[far].clone().requires_grad_(True)
         value = reward(image, context(log_p[far].argmin(1).tolist()))
@@ -192,14 +200,14 @@ class TestLogLikelihood:
 
     def test_log_z_by_hand(self):
         reward = self.reward()
-        reward.pretrained_log_prob = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
+        reward.attributes[0].pretrained_log_prob = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
         # gamma 2: mean over the two pictures of p squared
         expected = [(0.25 + 0.01) / 2, (0.0625 + 0.04) / 2, (0.0625 + 0.49) / 2]
         assert_close(reward.log_z(2.0).exp(), expected, atol=1e-6)
 
     def test_above_the_ceiling_a_picture_has_no_gradient_and_no_more_reward(self):
         reward, images = self.reward(), pictures(40)
-        log_p = reward.classifier(images)[:, 1]
+        log_p = reward.attributes[0].classifier(images)[:, 1]
         reward.ceiling = float(log_p.median().exp())
         above = log_p > math.log(reward.ceiling)
         assert 0 < int(above.sum()) < 40
@@ -211,7 +219,7 @@ class TestLogLikelihood:
 
     def test_log_z_is_of_the_reward_under_its_ceiling(self):
         reward = self.reward()
-        reward.pretrained_log_prob = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
+        reward.attributes[0].pretrained_log_prob = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
         reward.ceiling = 0.4
         expected = [(0.16 + 0.01) / 2, (0.0625 + 0.04) / 2, (0.0625 + 0.16) / 2]
         assert_close(reward.log_z(2.0).exp(), expected, atol=1e-6)
@@ -223,10 +231,11 @@ class TestLogLikelihood:
 
     def test_true_class_is_by_the_measure_not_the_classifier(self):
         reward, images = self.reward(), pictures(30)
-        expected = class_of(jpeg_kilobytes(images), reward.edges)
-        reward.classifier.head[-1].bias.fill_(0)
-        reward.classifier.head[-1].weight.fill_(0)
-        assert reward.true_class(images).tolist() == expected.tolist()
+        (attribute,) = reward.attributes
+        expected = MEASURES["compressibility"].class_of(jpeg_kilobytes(images), attribute.edges)
+        attribute.classifier.head[-1].bias.fill_(0)
+        attribute.classifier.head[-1].weight.fill_(0)
+        assert reward.true_class(images)[:, 0].tolist() == expected.tolist()
 
     def test_saving_and_loading_gives_the_same_reward(self, tmp_path):
         reward, images = self.reward(), pictures(6)
@@ -236,7 +245,7 @@ class TestLogLikelihood:
         label = context([0, 1, 2, 2, 1, 0])
         assert_close(loaded(images, label), reward(images, label), atol=0)
         assert_close(loaded.log_z(3.0), reward.log_z(3.0), atol=0)
-        assert loaded.report == reward.report
+        assert loaded.attributes[0].report == reward.attributes[0].report
 
     def test_a_missing_or_cut_file_is_named(self, tmp_path):
         path = tmp_path / "c.safetensors"

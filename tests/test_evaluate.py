@@ -1,0 +1,71 @@
+import json
+from types import SimpleNamespace
+
+import torch
+from conftest import assert_close
+from test_cli import FAST, fails
+
+from diffrl.cli import main
+from diffrl.evaluate import _control, _index
+from diffrl.types import every_label
+
+
+def likelihood(*counts):
+    """As much of a LogLikelihood as scoring asks for."""
+    names = ("size", "colour")
+    classifiers = [SimpleNamespace(num_classes=count) for count in counts]
+    attributes = [
+        SimpleNamespace(name=n, classifier=c)
+        for n, c in zip(names[: len(counts)], classifiers, strict=True)
+    ]
+    return SimpleNamespace(num_classes=counts, attributes=attributes)
+
+
+class TestControl:
+    def test_one_attribute_by_hand(self):
+        """Three of four right; class 2 is never asked for and never drawn, so its F1 of 0 counts."""
+        target, true = torch.tensor([[0], [0], [1], [1]]), torch.tensor([[0], [1], [1], [1]])
+        measures = _control(likelihood(3), target, true)
+        assert measures["confusion"] == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
+        assert_close(measures["per_class"], [0.5, 1.0, 0.0], atol=1e-9)
+        assert measures["accuracy"] == 0.75
+        assert_close(measures["macro_f1"], (2 / 3 + 4 / 5 + 0) / 3, atol=1e-9)
+        assert set(measures) == {"accuracy", "macro_f1", "confusion", "per_class"}
+
+    def test_of_two_attributes_a_picture_is_right_if_both_are(self):
+        target = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+        true = torch.tensor([[0, 0], [0, 0], [1, 1], [1, 1]])
+        measures = _control(likelihood(2, 2), target, true)
+        assert measures["accuracy"] == 0.5
+        assert measures["size/accuracy"] == measures["size/macro_f1"] == 1.0
+        assert measures["colour/accuracy"] == 0.5
+        assert_close(measures["colour/macro_f1"], 0.5, atol=1e-9)
+        assert measures["confusion"] == [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
+
+    def test_a_label_s_index_is_its_place_in_every_label(self):
+        labels = every_label((2, 3, 4))
+        assert _index(labels, (2, 3, 4)).tolist() == list(range(24))
+
+
+def test_two_controls_are_trained_measured_and_asked_for(tiny_path, tmp_path, capsys):
+    fast = [word for word in FAST if word != "reward.num_classes=2"]
+    words = [f"env.model={tiny_path}", f"root={tmp_path}", "name=two", "reward=multitask", *fast]
+    assert main(["train", *words, "algo.updates=1"]) == 0
+    said = capsys.readouterr().out
+    assert "classifier of JPEG size" in said
+    assert "classifier of colourfulness" in said
+    run = str(tmp_path / "two")
+    assert main(["eval", run, "--json", "-n", "8"]) == 0
+    measures = json.loads(capsys.readouterr().out)
+    assert [sum(row) for row in measures["confusion"]] == [2, 2, 2, 2]
+    assert measures["accuracy"] <= min(
+        measures[f"{name}/accuracy"] for name in ("compressibility", "colourfulness")
+    )
+    assert len(measures["gap"]) == 4
+    assert main(["eval", run, "-n", "8"]) == 0
+    table = capsys.readouterr().out
+    assert "colourfulness alone: accuracy" in table
+    assert [line.split()[0] for line in table.splitlines()[1:5]] == ["0,0", "0,1", "1,0", "1,1"]
+    assert main(["sample", run, "--prompt=cat", "--label=1,0", "-n=2", f"--out={tmp_path}"]) == 0
+    assert (tmp_path / "cat-label1,0.png").is_file()
+    assert "give them as --label 0,0" in fails(capsys, "sample", run, "--prompt=cat", "--label=1")
