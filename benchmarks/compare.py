@@ -158,7 +158,7 @@ def _run_all(
             console.print(f"[bold]some are of other commits[/]: {', '.join(sorted(others))}; this is {now}")
     context = multiprocessing.get_context("forkserver")  # a server imports once, each cell is its fork
     context.set_forkserver_preload(["diffrl.run"])
-    threads = threads or max((os.cpu_count() or 1) // jobs, 1)
+    threads = threads or max(torch.get_num_threads() // jobs, 1)  # of the cores that we may use
     origin = provenance() | {"jobs": jobs, "threads": threads}
     with ThreadPoolExecutor(jobs) as pool, progress("cells", len(todo)) as bar:
 

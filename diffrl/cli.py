@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "train a policy; writes runs/NAME")
     train.add_argument("words", nargs="*", metavar="key=value", help="settings; see 'diffrl list'")
+    every = "train every combination of settings given with commas, through hydra/launcher=..."
+    train.add_argument("-m", "--multirun", action="store_true", help=every)
     fit = add("fit", _fit, "fit and calibrate a learned reward alone")
     fit.add_argument("words", nargs="*", metavar="key=value", help="settings, such as dataset=FOLDER")
     fit.add_argument("--out", type=Path, help="also write the classifier to this file")
@@ -119,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     from diffrl import config, run
 
-    run.train(config.load(options.words))
+    if options.multirun:
+        config.sweep(options.words, run.train)
+    else:
+        run.train(config.load(options.words))
 
 
 def _fit(options: argparse.Namespace) -> None:

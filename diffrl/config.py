@@ -5,11 +5,13 @@ each. Presets are YAML in `diffrl/conf/`.
 """
 
 import re
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -138,6 +140,28 @@ def load(overrides: list[str]) -> Config:
         raise _explain(error, overrides) from error
 
 
+def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
+    """Do `job` for every combination of settings, given with commas, through a Hydra launcher.
+
+    `hydra/launcher=...` is another one than the built-in, which does them in turn. Runs lie in the folder
+    that Hydra gives each job, unless `root` says where. Hydra reports mistakes and ends the process.
+    """
+    words = [*_own_reward(overrides), *overrides]
+    if not any(word.startswith("root=") for word in words):
+        words.append("root=${hydra:runtime.output_dir}")
+    _register()
+
+    @hydra.main(config_path="pkg://diffrl.conf", config_name="config", version_base="1.3")
+    def one(composed: DictConfig) -> None:
+        job(to_objects(composed))
+
+    arguments, sys.argv = sys.argv, ["diffrl", "--multirun", *words]
+    try:
+        one()
+    finally:
+        sys.argv = arguments
+
+
 def read(path: Path) -> Config:
     """Return the settings of a run's `config.yaml`."""
     if not path.is_file():
@@ -177,12 +201,16 @@ def to_objects(composed: Any) -> Config:
     return Config(**values)
 
 
-def _compose(overrides: list[str]) -> DictConfig:
+def _register() -> None:
     store = ConfigStore.instance()
     store.store(name="config", node=_Schema)
     for group, known in GROUPS.items():
         for name, node in known.items():
             store.store(group=group, name=name, node=node)
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    _register()
     GlobalHydra.instance().clear()
     with initialize_config_module("diffrl.conf", version_base="1.3"):
         return compose("config", overrides=overrides)

@@ -14,6 +14,7 @@ from diffrl.algorithms.ctrl import CTRL
 from diffrl.algorithms.guidance.smc import SMC
 from diffrl.checkpoint import CONTROL_FILE, LORA_FILE
 from diffrl.cli import main
+from diffrl.config import read
 from diffrl.run import restore
 
 FAST = [
@@ -361,3 +362,15 @@ def test_evaluations_have_prompts_of_their_own_if_asked(run, tmp_path):
     assert setup.make_guided(policy, reward, 2).env.prompts == ["bee"]
     assert setup.make_env(reward, 2).prompts == setup.prompts != ["bee"]
     assert main(["eval", str(run), "-n", "2", "--prompts", str(words)]) == 0
+
+
+def test_a_sweep_trains_every_combination(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["env=gaussian_mixture", "env.num_steps=4", "algo.updates=1"]
+    words += ["algo.batch_size=8", "algo.micro_batch_size=8"]
+    assert main(["train", "-m", *words, "algo.kl=0,1", "algo=ddpo", "seed=0,1"]) == 0
+    runs = sorted(tmp_path.glob("multirun/*/*/*/ddpo-*/config.yaml"))
+    assert [(read(path).algo.kl, read(path).seed) for path in runs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert main(["train", "--multirun", *words, "root=here", "seed=3,4"]) == 0
+    names = sorted(path.name for path in (tmp_path / "here").iterdir())
+    assert names == ["ctrl-gaussian_mixture-softmax-seed3", "ctrl-gaussian_mixture-softmax-seed4"]
