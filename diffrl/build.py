@@ -204,6 +204,10 @@ def check(config: Config) -> None:
         )
     if config.clip is not None and not Path(config.clip).is_dir():
         raise DiffRLError(f"clip={config.clip}: no such folder. Give that of a CLIP model.")
+    if config.eval_scales and getattr(config.env, "num_dims", None) is not None:
+        raise DiffRLError(
+            f"eval_scales={config.eval_scales}: for pictures; give 'diffrl eval' --control-scale."
+        )
     _check_guidance(config)
     _check_space(config)
     if config.dataset is not None:

@@ -96,6 +96,7 @@ class Config:
     eval_every: int = 50  # updates between two evaluations
     eval_batch: int = 64  # pictures, or particles, that an evaluation draws at a time
     eval_pictures: int = 64  # of an evaluation on the way; the last one draws four times as many
+    eval_scales: list[float] = field(default_factory=list)  # of the control, that the last one tries too
 
 
 @dataclass

@@ -119,6 +119,11 @@ class Run:
             return
         seed = EVALUATION_SEED + self.config.seed  # over seeds, an untrained row varies too
         measures = measure(self.setup, self.policy, self.reward, num_pictures, seed)
+        for scale in self.config.eval_scales if update == self.config.algo.updates else ():
+            self.policy.control_scale = scale
+            scaled = measure(self.setup, self.policy, self.reward, num_pictures, seed)
+            self.policy.control_scale = 1.0
+            measures |= {f"scale_{scale:g}/{name}": value for name, value in scaled.items()}
         self.log.write(update, {f"eval/{name}": value for name, value in measures.items()} | self.spent)
         actor = self.setup.make_guided(self.policy, self.reward, _GRID_COLUMNS)
         picture = picture_grid(actor, self.setup.eval_prompts[:_GRID_COLUMNS])

@@ -185,6 +185,7 @@ class TestTrain:
             (["dataset=/no/such/place"], "dataset=/no/such/place: no such folder"),
             (["device=quantum"], "device=quantum: no such device"),
             (["reward.classifier=none.safetensors"], "none.safetensors: no such classifier"),
+            (["env=gaussian_mixture", "eval_scales=[2]"], "eval_scales=[2.0]: for pictures"),
             (["reward.edges=[3,2]"], "reward.edges"),
         ],
     )
@@ -362,6 +363,18 @@ def test_evaluations_have_prompts_of_their_own_if_asked(run, tmp_path):
     assert setup.make_guided(policy, reward, 2).env.prompts == ["bee"]
     assert setup.make_env(reward, 2).prompts == setup.prompts != ["bee"]
     assert main(["eval", str(run), "-n", "2", "--prompts", str(words)]) == 0
+
+
+def test_the_last_evaluation_tries_other_strengths_of_the_control(tiny_path, tmp_path):
+    words = [f"env.model={tiny_path}", f"root={tmp_path}", "name=one", *FAST, "eval_scales=[0,1]"]
+    assert main(["train", *words]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    *before, last = [line for line in lines if "eval/accuracy" in line]
+    assert not any(name.startswith("eval/scale") for line in before for name in line)
+    assert last["eval/scale_0/kl_nats"] == 0.0  # the pretrained model
+    for name in ("accuracy", "kl_nats", "confusion"):
+        assert last[f"eval/scale_1/{name}"] == last[f"eval/{name}"]
+    assert last["eval/kl_nats"] > 0.0
 
 
 def test_a_sweep_trains_every_combination(tmp_path, monkeypatch, capsys):
