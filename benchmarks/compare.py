@@ -1,7 +1,7 @@
 """Running a suite: every cell a training run in a process of its own, resumed, tuned, verified.
 
-Each cell has a folder, so that a suite goes on where it stopped: a cell that is done for the same settings
-is not run again.
+Each cell has a folder and a record in the suite's result, so that a suite goes on where it stopped: a cell
+that is done for the same settings is not run again, whichever of the two is left of it.
 """
 
 import json
@@ -13,8 +13,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
 
 _CELL_FILE = "cell.json"
+Record = dict[str, Any]
+"""What is known of a cell: its settings, measures and provenance."""
 
 
 def compare(
@@ -40,7 +43,9 @@ def compare(
     seeds: int | None = None,
     jobs: int = 2,
     quick: bool = False,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    earlier: Sequence[Record] = (),
+    save: Callable[[list[Record], list[Record]], object] = lambda cells, trials: None,
+) -> tuple[list[Record], list[Record]]:
     """Run every cell that is not done yet.
 
     Args:
@@ -50,6 +55,8 @@ def compare(
         seeds: instead of the suite's own number.
         jobs: cells at a time; they share the cores.
         quick: one seed, no tuning, and the suite's words for it: a look, not a result.
+        earlier: records of cells and trials whose folders may be gone.
+        save: is given the records so far, of cells and trials, whenever one is done.
 
     Returns:
         The records of all cells, in the suite's order, and those of the trials that tuned them.
@@ -67,27 +74,27 @@ def compare(
         for row, chosen in suite.rows.items()
     }
     _wanted([Cell(row, 0, chosen) for row, chosen in rows.items()], folder)  # before an hour of trials
-    trials: list[dict[str, Any]] = []
+    trials: list[Record] = []
     if not quick:
         cells = [
             Cell(f"{row} {word}", 0, [*rows[row], *suite.tune_settings, word, "seed=0"])
             for row in suite.tune
             for word in suite.candidates(row)
         ]
-        trials = _run_all(cells, folder / "tune", jobs)
+        trials = _run_all(cells, folder / "tune", jobs, earlier, lambda done: save([], done))
         for row in suite.tune:
             rows[row] = [*rows[row], _best(row, suite, trials, folder)]
     number = seeds or (1 if quick else suite.seeds)
     cells = [Cell(row, seed, [*rows[row], f"seed={seed}"]) for row in rows for seed in range(number)]
-    return _run_all(cells, folder, jobs), trials
+    return _run_all(cells, folder, jobs, earlier, lambda done: save(done, trials)), trials
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read(folder: Path) -> list[Record]:
     """Return the records of a suite's finished cells."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{_CELL_FILE}"))]
 
 
-def _best(row: str, suite: Suite, trials: list[dict[str, Any]], folder: Path) -> str:
+def _best(row: str, suite: Suite, trials: list[Record], folder: Path) -> str:
     """Return the `key=value` of a row whose trial has the largest `tune_by`.
 
     Raises:
@@ -107,7 +114,7 @@ def _best(row: str, suite: Suite, trials: list[dict[str, Any]], folder: Path) ->
     return max(scores, key=lambda word: scores[word])
 
 
-def verify(suite: Suite, folder: Path, records: list[dict[str, Any]], choice: int) -> list[str]:
+def verify(suite: Suite, folder: Path, records: list[Record], choice: int) -> list[str]:
     """Run a finished cell once more and return what lies outside its row's 95% interval, a line each.
 
     Args:
@@ -124,7 +131,7 @@ def verify(suite: Suite, folder: Path, records: list[dict[str, Any]], choice: in
     again = folder / "verify"
     shutil.rmtree(again / cell.name, ignore_errors=True)
     console.print(f"running {cell.name} once more")
-    (new,) = _run_all([cell], again, 1, stored["threads"])
+    (new,) = _run_all([cell], again, 1, threads=stored["threads"])
     if "points" not in new:
         return [f"{cell.name}: failed this time; see the log in {again}"]
     row = next(row for row in summarise("", finished) if row["method"] == cell.row)
@@ -143,11 +150,19 @@ def verify(suite: Suite, folder: Path, records: list[dict[str, Any]], choice: in
 
 
 def _run_all(
-    cells: list[Cell], folder: Path, jobs: int, threads: int | None = None
-) -> list[dict[str, Any]]:
+    cells: list[Cell],
+    folder: Path,
+    jobs: int,
+    earlier: Sequence[Record] = (),
+    save: Callable[[list[Record]], object] = lambda done: None,
+    threads: int | None = None,
+) -> list[Record]:
     """Run the cells that are not done; return the records of all, in their order."""
     wanted = _wanted(cells, folder)
-    records = {cell.name: _finished(cell, folder, wanted[cell.name]) for cell in cells}
+    records = {
+        cell.name: _finished(cell, folder, wanted[cell.name]) or _known(cell, earlier, wanted[cell.name])
+        for cell in cells
+    }
     todo = [cell for cell in cells if records[cell.name] is None]
     folder.mkdir(parents=True, exist_ok=True)
     if done := len(cells) - len(todo):
@@ -156,6 +171,7 @@ def _run_all(
         others = {r["commit"] for r in records.values() if r} - {now}
         if others:
             console.print(f"[bold]some are of other commits[/]: {', '.join(sorted(others))}; this is {now}")
+    lock = threading.Lock()
     context = multiprocessing.get_context("forkserver")  # a server imports once, each cell is its fork
     context.set_forkserver_preload(["diffrl.run"])
     threads = threads or max(torch.get_num_threads() // jobs, 1)  # of the cores that we may use
@@ -169,12 +185,13 @@ def _run_all(
             if process.exitcode:
                 why = f"exit code {process.exitcode}; see {folder / cell.name}.log"
                 console.print(f"[bold red]{cell.name} failed[/]: {why}")
-            bar.advance(note=cell.name)
+            failure = {"row": cell.row, "seed": cell.seed, "failed": True}
+            with lock:
+                records[cell.name] = _finished(cell, folder, wanted[cell.name]) or failure
+                save([record for record in records.values() if record])
+                bar.advance(note=cell.name)
 
         list(pool.map(finish, todo))
-    for cell in todo:
-        failure = {"row": cell.row, "seed": cell.seed, "failed": True}
-        records[cell.name] = _finished(cell, folder, wanted[cell.name]) or failure
     return [record for record in records.values() if record]
 
 
@@ -228,7 +245,7 @@ def points_of(trained: Path) -> Iterator[dict[str, Any]]:
             yield metrics
 
 
-def _finished(cell: Cell, folder: Path, wanted: config.Config) -> dict[str, Any] | None:
+def _finished(cell: Cell, folder: Path, wanted: config.Config) -> Record | None:
     """Return the record of a cell that has run to its end; None if not, or if its record is cut short.
 
     Raises:
@@ -239,7 +256,7 @@ def _finished(cell: Cell, folder: Path, wanted: config.Config) -> dict[str, Any]
         record = json.loads((path / _CELL_FILE).read_text(encoding="utf-8"))
         stored = replace(config.read(path / run.CONFIG_FILE), root=wanted.root)  # it may have moved
         if stored == wanted and record["version"] == __version__:
-            return record
+            return record | {"settings": config.digest(wanted)}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     except DiffRLError:
@@ -247,6 +264,12 @@ def _finished(cell: Cell, folder: Path, wanted: config.Config) -> dict[str, Any]
     raise DiffRLError(
         f"{path}: a finished run of other settings or another version. Give another --root, or delete it."
     )
+
+
+def _known(cell: Cell, earlier: Sequence[Record], wanted: config.Config) -> Record | None:
+    """Return the record of a cell among `earlier` ones, if it has the same settings and version."""
+    same = {"row": cell.row, "seed": cell.seed, "version": __version__, "settings": config.digest(wanted)}
+    return next((record for record in earlier if same.items() <= record.items()), None)
 
 
 def provenance() -> dict[str, str]:

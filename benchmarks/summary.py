@@ -123,11 +123,7 @@ def report(
     Raises:
         DiffRLError: a column or the curve is a measure that no cell has.
     """
-    rows = summarise(name, records)
-    out.mkdir(parents=True, exist_ok=True)
-    stored = {"suite": name, "settings": asdict(suite), "rows": rows, "cells": records}
-    stored |= {"trials": trials} if trials else {}
-    (out / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    rows = store(name, suite, records, trials, out)
     # a null, or a sentence that says what is not installed, is a measure too: it shows as "-"
     known = {measure for record in records for measure in record.get("points", [{}])[-1]}
     if any(row["n_seeds"] for row in rows):
@@ -137,3 +133,26 @@ def report(
         if suite.curve and (panels := curves(suite, records)):
             learning(panels, next(iter(suite.curve))).save(out / f"{name}.png")
     return rows
+
+
+def store(
+    name: str, suite: Suite, records: list[dict[str, Any]], trials: list[dict[str, Any]], out: Path
+) -> list[dict[str, Any]]:
+    """Write the records so far to `<name>.json`, and return their rows."""
+    rows = summarise(name, records)
+    stored = {"suite": name, "settings": asdict(suite), "rows": rows, "cells": records}
+    stored |= {"trials": trials} if trials else {}
+    out.mkdir(parents=True, exist_ok=True)
+    draft = out / f"{name}.json.tmp"
+    draft.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    draft.replace(out / f"{name}.json")
+    return rows
+
+
+def stored_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of cells and trials in a suite's result; none where there is no whole one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return [*result["cells"], *result.get("trials", [])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -191,16 +191,24 @@ def _compare(options: argparse.Namespace) -> None:
     if "verify" in options.words:
         _verify(compare.read(folder), suite, folder)
         return
+    out = options.out or folder
     records, trials = compare.compare(
-        suite, folder, words=words, seeds=options.seeds, jobs=options.jobs, quick=options.quick
+        suite,
+        folder,
+        words=words,
+        seeds=options.seeds,
+        jobs=options.jobs,
+        quick=options.quick,
+        earlier=summary.stored_records(out / f"{name}.json"),
+        save=lambda cells, trials: summary.store(name, suite, cells, trials, out),
     )
-    rows = summary.report(name, suite, records, trials, options.out or folder)
+    rows = summary.report(name, suite, records, trials, out)
     if options.json:
         for row in rows:
             print(json.dumps(row))
     else:
         print_wide(summary.table(suite, rows))
-        console.print(f"{options.out or folder}/{name}.json has every number")
+        console.print(f"{out}/{name}.json has every number")
     if any(row["failed"] for row in rows):
         sys.exit(1)
 

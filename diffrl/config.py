@@ -4,10 +4,12 @@ One dataclass a component is its schema: fields, defaults, and a line of help in
 each. Presets are YAML in `diffrl/conf/`.
 """
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +183,18 @@ def read(path: Path) -> Config:
 
 def write(config: Config, path: Path) -> None:
     """Write every setting as YAML, with the names of the chosen components."""
+    path.write_text(yaml.safe_dump(_stored(config), sort_keys=False), encoding="utf-8")
+
+
+def _stored(config: Config) -> dict[str, Any]:
     stored = {"_" + group: chosen(config, group) for group in GROUPS}
-    stored |= OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore
-    path.write_text(yaml.safe_dump(stored, sort_keys=False), encoding="utf-8")
+    return stored | OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore
+
+
+def digest(config: Config) -> str:
+    """Return a hash of every setting but the run's name and place."""
+    facts = _stored(replace(config, name="", root=""))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def chosen(config: Config, group: str) -> str:

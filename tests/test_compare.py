@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import yaml
@@ -144,6 +145,7 @@ class TestCells:
         before = sound.stat().st_mtime_ns
         whole = json.loads(cut.read_text())
         cut.write_text(cut.read_text()[:99])
+        (cells / "mine.json").write_text((cells / "mine.json").read_text()[:99])
         with pytest.raises(SystemExit):
             main(words(done, "--json"))
         assert sound.stat().st_mtime_ns == before
@@ -152,6 +154,26 @@ class TestCells:
         assert [p[gap] for p in again["points"]] == [p[gap] for p in whole["points"]]
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [row["method"] for row in rows] == ["ctrl, gamma 1", "reward only", "crash"]
+
+    def test_the_result_alone_is_enough_to_go_on(self, done, monkeypatch, capsys, tmp_path):
+        """Not of another seed, which would have other settings; and it is written after every cell."""
+        monkeypatch.setenv("DIFFRL_CACHE", str(done.parent / "cache"))
+        kept = tmp_path / "kept"
+        shutil.copytree(done.parent / "cells" / "mine", kept)
+        with pytest.raises(SystemExit):  # once more, so that the result holds what a later version writes
+            main(words(done, "--out", str(kept)))
+        path = write(tmp_path, rows=ROWS)
+        before = json.loads((kept / "mine.json").read_text())["cells"][:4]
+        capsys.readouterr()
+        assert main(words(path, "--seeds", "2", "--out", str(kept))) == 0
+        assert "4 of 4 cells are done already" in capsys.readouterr().out
+        assert json.loads((kept / "mine.json").read_text())["cells"] == before
+        stored = []
+        monkeypatch.setattr(
+            summary, "store", lambda *args: stored.append(args[2]) or summary.summarise("", args[2])
+        )
+        assert main(words(path, "--seeds", "3", "--out", str(kept))) == 0
+        assert [len(cells) for cells in stored] == [5, 6, 6]
 
     def test_a_finished_run_of_other_settings_is_not_overwritten(self, done, capsys):
         cell = done.parent / "cells" / "mine" / "reward-only-seed0" / "cell.json"
