@@ -57,6 +57,7 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
             cells = [
                 row["method"],
                 *_mean_and_worst(row, "exact/gap_nats"),
+                *_mean_and_worst(row, "exact/gap_gaussian_nats"),
                 *_mean_and_worst(row, "exact/tv"),
             ]
             cells += [
@@ -68,6 +69,8 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         heading = [
             "",
             "gap, nats",
+            "worst",
+            "to the best Gaussian",
             "worst",
             "total variation",
             "worst",

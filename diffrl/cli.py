@@ -218,7 +218,7 @@ def _eval(options: argparse.Namespace) -> None:
     from diffrl.evaluate_mixture import table
     from diffrl.log import console
     from diffrl.rewards.closed_form import ClosedForm
-    from diffrl.rewards.log_likelihood import LogLikelihood
+    from diffrl.tables import show
 
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
@@ -229,7 +229,7 @@ def _eval(options: argparse.Namespace) -> None:
     elif isinstance(reward, ClosedForm):
         console.print(table(measures))
     else:
-        _show(measures, reward if isinstance(reward, LogLikelihood) else None)
+        show(measures, reward)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -365,53 +365,6 @@ def _list(options: argparse.Namespace) -> None:
 def _label(text: str) -> list[int]:
     """Return a label from its numbers with commas between; argparse says what is wrong with another."""
     return [int(number) for number in text.split(",")]
-
-
-def _show(measures: dict[str, Any], reward: Any) -> None:
-    """Print what 'eval' measured; `reward` is a LogLikelihood, or None if it is a black box."""
-    from diffrl.log import console
-
-    said = [f"reward {measures['reward_mean']:.3f} +- {measures['reward_std']:.3f}"]
-    if reward is not None:
-        console.print(_control_table(measures, reward))
-        said = [f"accuracy {measures['accuracy']:.3f}, macro F1 {measures['macro_f1']:.3f}"]
-        for attribute in reward.attributes if len(reward.attributes) > 1 else ():
-            accuracy, f1 = (measures[f"{attribute.name}/{name}"] for name in ("accuracy", "macro_f1"))
-            console.print(f"{attribute.measure.title} alone: accuracy {accuracy:.3f}, macro F1 {f1:.3f}")
-        said += [f"log p {measures['mean_logp']:.2f}"]
-    if measures["kl_nats"] is not None:
-        said += [f"KL {measures['kl_nats']:.1f} nats"]
-    if "prompt_fidelity" in measures:
-        said += [f"prompt fidelity {measures['prompt_fidelity']:.3f}"]
-    for name in ("diversity", "brisque", "clip_score"):
-        if isinstance(measures[name], float):
-            said += [f"{name} {measures[name]:.3g}"]
-    console.print(", ".join(said))
-    asked = measures["reward_calls_per_image"]
-    calls = f"{measures['nfe_per_image']:.0f} network calls" + (
-        f", {asked:.0f} reward calls" if asked else ""
-    )
-    console.print(f"{measures['n']} pictures, {calls} and {measures['seconds_per_image']:.3f} s a picture")
-
-
-def _control_table(measures: dict[str, Any], reward: Any) -> Any:
-    from rich.table import Table
-
-    from diffrl.evaluate import label_name
-    from diffrl.types import every_label
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = [attribute.measure.title for attribute in reward.attributes]
-    for heading in ("label", *titles, "accuracy", "J", "log Z", "gap (nats)"):
-        table.add_column(heading, justify="right")
-    bounds = [attribute.measure.bounds(attribute.edges) for attribute in reward.attributes]
-    for number, label in enumerate(every_label(reward.num_classes)):
-        asked = [words[y] for words, y in zip(bounds, label.tolist(), strict=True)]
-        keys = ("objective", "log_z", "gap")
-        nats = (measures[key][number] if measures.get(key) else None for key in keys)
-        known = ("-" if value is None else f"{value:.2f}" for value in nats)
-        table.add_row(label_name(label), *asked, f"{measures['per_class'][number]:.3f}", *known)
-    return table
 
 
 def _quieten() -> None:
