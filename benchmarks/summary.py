@@ -44,6 +44,11 @@ def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
     return rows
 
 
+def record(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as others read it: an evaluation's measures by their bare names."""
+    return {name.removeprefix("eval/"): value for name, value in row.items()}
+
+
 def interval(values: list[float]) -> tuple[float, float | None]:
     """Return the mean and half the width of Student's 95% interval; None for a single value."""
     mean, count = statistics.mean(values), len(values)

@@ -205,7 +205,7 @@ def _compare(options: argparse.Namespace) -> None:
     rows = summary.report(name, suite, records, trials, out)
     if options.json:
         for row in rows:
-            print(json.dumps(row))
+            print(json.dumps(summary.record(row)))
     else:
         print_wide(summary.table(suite, rows))
         console.print(f"{out}/{name}.json has every number")

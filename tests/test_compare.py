@@ -116,6 +116,11 @@ class TestTable:
         assert_close(row["m_ci95"], 12.7062, atol=1e-3)  # t of 1 degree; standard error 1
         assert "l" not in row
 
+    def test_a_record_has_the_bare_names_of_an_evaluation(self):
+        row = {"suite": "s", "n_seeds": 3, "eval/accuracy": 0.5, "eval/accuracy_ci95": 0.1, "exact/tv": 0.2}
+        names = ["suite", "n_seeds", "accuracy", "accuracy_ci95", "exact/tv"]
+        assert list(summary.record(row)) == names
+
 
 class TestCells:
     def test_the_others_finish_when_a_cell_crashes(self, done):
