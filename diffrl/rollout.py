@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Independent, kl_divergence
 
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.types import Actor, Observation, Trajectory
@@ -53,9 +53,7 @@ def rollout(
     wanted = any(grad_steps)
     obs, _ = env.reset(seed=seed, options=options)
     actor.begin(obs)
-    latents = [obs["latents"].detach()]
-    taken: list[tuple[Tensor, Independent]] = []  # actions and their laws
-    measured: list[tuple[int, Independent, float]] = []  # of those, which; the reference's law; a factor
+    latents, log_probs, kls, log_ratios = [obs["latents"].detach()], [], [], []
     reward = info = None
     shortcuts: list[Tensor] = []  # from kept actions to x_0
     for i, factor in enumerate(grad_steps):
@@ -63,13 +61,14 @@ def rollout(
         x_t = obs["latents"]
         seen: Observation = obs if posterior_mean is None else {**obs, "latents": x_t.detach()}
         weight = 1.0 if kl_weights is None else kl_weights[i]
-        measure = reference is not None and weight > 0
-        with torch.set_grad_enabled(keep or (measure and kl_weights is not None)):
+        measured = reference is not None and weight > 0
+        with torch.set_grad_enabled(keep or (measured and kl_weights is not None)):
             step = actor.act(seen, generator)
-            if reference is not None and measure and step.distribution is not None:
+            if reference is not None and measured and step.distribution is not None:
                 # frozen: at a constant x_t it is a constant
                 with torch.set_grad_enabled(torch.is_grad_enabled() and seen["latents"].requires_grad):
-                    measured.append((len(taken), reference(seen), weight))
+                    other = reference(seen)
+                kls.append(weight * kl_divergence(step.distribution, other))
         prev_sample = step.prev_sample if keep else step.prev_sample.detach()
         if posterior_mean is not None and i == steps - 1:
             shortcuts.append(_gradient_alone(factor, prev_sample))
@@ -77,7 +76,10 @@ def rollout(
         elif posterior_mean is None and x_t.requires_grad and not keep:
             prev_sample = prev_sample + _gradient_alone(env.schedule.x_gain[i], x_t)
         if step.distribution is not None:
-            taken.append((step.prev_sample.detach(), step.distribution))
+            with torch.no_grad():
+                log_probs.append(step.distribution.log_prob(step.prev_sample))
+                if measured:
+                    log_ratios.append(log_probs[-1] - other.log_prob(step.prev_sample))
         with torch.set_grad_enabled(wanted):
             obs, reward, _, _, info = env.step(prev_sample)
             if posterior_mean is not None and keep and i < steps - 1:
@@ -85,36 +87,16 @@ def rollout(
         latents.append(obs["latents"].detach())
     assert reward is not None
     assert info is not None
-    log_prob = kl = log_ratio = None
-    if taken:
-        actions, laws = zip(*taken, strict=True)
-        with torch.no_grad():
-            log_prob = _stack(laws).log_prob(torch.stack(actions))
-        if measured:
-            numbers, others, weights = zip(*measured, strict=True)
-            theirs = _stack(others)
-            kl = kl_divergence(_stack([laws[n] for n in numbers]), theirs)
-            kl = kl * kl.new_tensor(weights)[:, None]
-            with torch.no_grad():
-                log_ratio = log_prob[list(numbers)] - theirs.log_prob(
-                    torch.stack([actions[n] for n in numbers])
-                )
     return Trajectory(
         latents=torch.stack(latents),
         timesteps=env.schedule.timesteps.tolist(),
-        log_prob=log_prob,
-        kl=kl,
-        log_ratio=log_ratio,
+        log_prob=torch.stack(log_probs) if log_probs else None,
+        kl=torch.stack(kls) if kls else None,
+        log_ratio=torch.stack(log_ratios) if log_ratios else None,
         reward=reward,
         images=info["images"].detach(),
         context=env.context,
     )
-
-
-def _stack(laws: Sequence[Independent]) -> Independent:
-    """Return the Gaussian laws of several steps as one: what follows is computed for all at once."""
-    mean, scale = (torch.stack([getattr(law, name) for law in laws]) for name in ("mean", "stddev"))
-    return Independent(Normal(mean, scale, validate_args=False), mean.dim() - 2, validate_args=False)
 
 
 def _gradient_alone(factor: Tensor | float, x: Tensor) -> Tensor:
