@@ -43,7 +43,7 @@ def compare(
     seeds: int | None = None,
     jobs: int = 2,
     quick: bool = False,
-    earlier: Sequence[Record] = (),
+    earlier: tuple[Sequence[Record], Sequence[Record]] = ((), ()),
     save: Callable[[list[Record], list[Record]], object] = lambda cells, trials: None,
 ) -> tuple[list[Record], list[Record]]:
     """Run every cell that is not done yet.
@@ -55,8 +55,9 @@ def compare(
         seeds: instead of the suite's own number.
         jobs: cells at a time; they share the cores.
         quick: one seed, no tuning, and the suite's words for it: a look, not a result.
-        earlier: records of cells and trials whose folders may be gone.
-        save: is given the records so far, of cells and trials, whenever one is done.
+        earlier: of the suite's result, the records of its cells and trials; their folders may be gone.
+        save: is given the records so far, of cells and trials, whenever one is done: none of `earlier` is
+            lost that a new one has not replaced.
 
     Returns:
         The records of all cells, in the suite's order, and those of the trials that tuned them.
@@ -74,6 +75,7 @@ def compare(
         for row, chosen in suite.rows.items()
     }
     _wanted([Cell(row, 0, chosen) for row, chosen in rows.items()], folder)  # before an hour of trials
+    known, tried = earlier
     trials: list[Record] = []
     if not quick:
         cells = [
@@ -81,12 +83,14 @@ def compare(
             for row in suite.tune
             for word in suite.candidates(row)
         ]
-        trials = _run_all(cells, folder / "tune", jobs, earlier, lambda done: save([], done))
+        trials = _run_all(cells, folder / "tune", jobs, tried, lambda done: save(list(known), done))
         for row in suite.tune:
             rows[row] = [*rows[row], _best(row, suite, trials, folder)]
     number = seeds or (1 if quick else suite.seeds)
     cells = [Cell(row, seed, [*rows[row], f"seed={seed}"]) for row in rows for seed in range(number)]
-    return _run_all(cells, folder, jobs, earlier, lambda done: save(done, trials)), trials
+    others = [record for record in known if record["row"] in rows]  # seeds that are not asked for
+    done = _run_all(cells, folder, jobs, known, lambda done: save(_merged(done, others), trials))
+    return _merged(done, others), trials
 
 
 def read(folder: Path) -> list[Record]:
@@ -166,11 +170,13 @@ def _run_all(
     todo = [cell for cell in cells if records[cell.name] is None]
     folder.mkdir(parents=True, exist_ok=True)
     if done := len(cells) - len(todo):
-        console.print(f"{done} of {len(cells)} cells are done already, in {folder}")
-        now = provenance()["commit"]
-        others = {r["commit"] for r in records.values() if r} - {now}
-        if others:
-            console.print(f"[bold]some are of other commits[/]: {', '.join(sorted(others))}; this is {now}")
+        console.print(f"{done} of {len(cells)} cells are done already")
+        now = provenance()
+        for what in ("commit", "hardware"):
+            others = {r[what] for r in records.values() if r} - {now[what]}
+            if others:
+                said = f"{', '.join(sorted(others))}; this is {now[what]}"
+                console.print(f"[bold]some are of other {what}[/]: {said}")
     lock = threading.Lock()
     context = multiprocessing.get_context("forkserver")  # a server imports once, each cell is its fork
     context.set_forkserver_preload(["diffrl.run"])
@@ -256,7 +262,7 @@ def _finished(cell: Cell, folder: Path, wanted: config.Config) -> Record | None:
         record = json.loads((path / _CELL_FILE).read_text(encoding="utf-8"))
         stored = replace(config.read(path / run.CONFIG_FILE), root=wanted.root)  # it may have moved
         if stored == wanted and record["version"] == __version__:
-            return record | {"settings": config.digest(wanted)}
+            return record | {"digest": config.digest(wanted)}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     except DiffRLError:
@@ -267,9 +273,26 @@ def _finished(cell: Cell, folder: Path, wanted: config.Config) -> Record | None:
 
 
 def _known(cell: Cell, earlier: Sequence[Record], wanted: config.Config) -> Record | None:
-    """Return the record of a cell among `earlier` ones, if it has the same settings and version."""
-    same = {"row": cell.row, "seed": cell.seed, "version": __version__, "settings": config.digest(wanted)}
-    return next((record for record in earlier if same.items() <= record.items()), None)
+    """Return the record of a cell among `earlier` ones, if it ran to its end there.
+
+    Raises:
+        DiffRLError: it did, with other settings or by another version.
+    """
+    of_it = [r for r in earlier if (r["row"], r["seed"]) == (cell.row, cell.seed) and "points" in r]
+    if not of_it:
+        return None
+    if (of_it[0].get("digest"), of_it[0]["version"]) != (config.digest(wanted), __version__):
+        raise DiffRLError(
+            f"{cell.name}: the suite's result holds it with other settings or by another version. Give "
+            "another --out, or move the result away."
+        )
+    return of_it[0]
+
+
+def _merged(records: list[Record], earlier: Sequence[Record]) -> list[Record]:
+    """Return `records`, and those of `earlier` that are of none of their cells."""
+    cells = {(record["row"], record["seed"]) for record in records}
+    return [*records, *(r for r in earlier if (r["row"], r["seed"]) not in cells)]
 
 
 def provenance() -> dict[str, str]:

@@ -92,10 +92,6 @@ def load(name: str) -> Suite:
         raise unknown("suite", name, suites())
     try:
         stored = _read(path)
-        if base := stored.pop("base", None):
-            if base not in suites():
-                raise unknown("base", base, suites())
-            stored = _read(suites()[base]) | stored
         for key in ("rows", "columns"):
             if not stored.get(key):
                 raise DiffRLError(f"{key}: missing or empty.")
@@ -112,4 +108,8 @@ def _read(path: Path) -> dict[str, Any]:
     for key in stored:
         if key not in known:
             raise unknown("key", key, known)
-    return stored
+    if (base := stored.pop("base", None)) is None:
+        return stored
+    if not isinstance(base, str) or base not in suites():
+        raise unknown("base", base, suites())
+    return _read(suites()[base]) | stored

@@ -44,7 +44,7 @@ def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
     return rows
 
 
-def record(row: dict[str, Any]) -> dict[str, Any]:
+def bare(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row as others read it: an evaluation's measures by their bare names."""
     return {name.removeprefix("eval/"): value for name, value in row.items()}
 
@@ -154,10 +154,10 @@ def store(
     return rows
 
 
-def stored_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of cells and trials in a suite's result; none where there is no whole one."""
+def stored_records(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the records of cells and of trials in a suite's result; none where there is no whole one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return [*result["cells"], *result.get("trials", [])]
+        return result["cells"], result.get("trials", [])
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return [], []

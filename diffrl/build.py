@@ -113,14 +113,13 @@ class Setup:
         chosen = self.config.reward
         if chosen.classifier:
             reward = LogLikelihood.load(Path(chosen.classifier))
-            if reward.num_classes != self.num_classes():
-                known, asked = (
-                    " and ".join(f"{n} classes" for n in counts)
-                    for counts in (reward.num_classes, self.num_classes())
-                )
+            known = [(a.classifier.num_classes, a.name) for a in reward.attributes]
+            asked = list(zip(self.num_classes(), chosen.measures, strict=True))
+            if known != asked:
+                has, wants = (" and ".join(f"{n} classes of {m}" for n, m in c) for c in (known, asked))
                 raise DiffRLError(
-                    f"reward.classifier={chosen.classifier}: it knows {known}, this reward has {asked}; "
-                    "set reward.num_classes to match, or choose another reward."
+                    f"reward.classifier={chosen.classifier}: it knows {has}, this reward has {wants}. "
+                    "Choose the reward and the number of classes that it was fitted for."
                 )
             return reward
         path = cache_folder() / f"{self._reward_key()}.safetensors"

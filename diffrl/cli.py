@@ -80,9 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = add("sample", _sample, "draw pictures with a run's policy")
     sample.add_argument("words", nargs="*", metavar="RUN | key=value", help=model)
     sample.add_argument("--prompt", required=True, help="what to draw")
-    sample.add_argument(
-        "--label", type=_label, help="the control, such as 3, or 1,0 of two (default: none)"
-    )
+    sample.add_argument("--label", default="", help="the control, such as 3, or 1,0 of two (default: none)")
     sample.add_argument("-n", type=int, default=8, help="pictures (default 8)")
     sample.add_argument("--control-scale", type=float, default=1.0, help="strength (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
@@ -188,10 +186,11 @@ def _compare(options: argparse.Namespace) -> None:
     suite, name = suites.load(path), Path(path).stem
     name += "-quick" if options.quick else ""
     folder = options.root / name
-    if "verify" in options.words:
-        _verify(compare.read(folder), suite, folder)
-        return
     out = options.out or folder
+    earlier = summary.stored_records(out / f"{name}.json")
+    if "verify" in options.words:
+        _verify(compare.read(folder) or earlier[0], suite, folder)
+        return
     records, trials = compare.compare(
         suite,
         folder,
@@ -199,13 +198,13 @@ def _compare(options: argparse.Namespace) -> None:
         seeds=options.seeds,
         jobs=options.jobs,
         quick=options.quick,
-        earlier=summary.stored_records(out / f"{name}.json"),
+        earlier=earlier,
         save=lambda cells, trials: summary.store(name, suite, cells, trials, out),
     )
     rows = summary.report(name, suite, records, trials, out)
     if options.json:
         for row in rows:
-            print(json.dumps(summary.record(row)))
+            print(json.dumps(summary.bare(row)))
     else:
         print_wide(summary.table(suite, rows))
         console.print(f"{out}/{name}.json has every number")
@@ -303,14 +302,10 @@ def _sample(options: argparse.Namespace) -> None:
     setup, policy, reward = _model(options)
     if isinstance(reward, ClosedForm):
         raise DiffRLError(f"{options.words[0]}: its model draws points, not pictures; use 'diffrl eval'.")
-    asked, attributes = options.label, len(reward.num_classes)
-    if asked is None and attributes and not isinstance(setup.config.guidance, Unguided):
+    label = _label(options.label, len(reward.num_classes))
+    asked = any(y != NO_LABEL for y in label.tolist())
+    if not asked and reward.num_classes and not isinstance(setup.config.guidance, Unguided):
         raise DiffRLError("no --label: guidance asks for a label, or it has nothing to go by.")
-    if asked is not None and len(asked) != attributes:
-        has = f"labels here have {attributes} numbers, give them as --label {','.join('0' * attributes)}"
-        has = has if attributes else "this run has no labels, its reward has no classes"
-        raise DiffRLError(f"--label {','.join(map(str, asked))}: {has}.")
-    label = torch.tensor([NO_LABEL] * attributes if asked is None else asked)
     actor = setup.guide(policy, reward, options.n)
     generator = torch.Generator(setup.device).manual_seed(options.seed)
     count = actor.env.num_envs
@@ -321,7 +316,7 @@ def _sample(options: argparse.Namespace) -> None:
     folder = options.out or (_run_folder(options.words) or Path()) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     stem = options.prompt.replace(" ", "-").replace("/", "-")
-    stem += f"-label{label_name(label)}" if attributes else ""
+    stem += f"-label{label_name(label)}" if len(label) else ""
     for number, pixels in enumerate(to_pixels(images)):
         Image.fromarray(pixels).save(folder / f"{stem}-{number:02d}.png")
     across = 8
@@ -329,12 +324,29 @@ def _sample(options: argparse.Namespace) -> None:
     rows[-1] = torch.cat([rows[-1], rows[-1].new_ones(len(rows[0]) - len(rows[-1]), *rows[0].shape[1:])])
     grid(rows, [""] * len(rows)).save(folder / f"{stem}.png")
     of_class = ""
-    if asked is not None and isinstance(reward, LogLikelihood):
+    if asked and isinstance(reward, LogLikelihood):
         hits = int((reward.true_class(images) == label).all(1).sum())
         of_class = f", {hits} of true class {label_name(label)}"
     console.print(
         f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB{of_class}"
     )
+
+
+def _label(text: str, attributes: int) -> Any:
+    """Return the label that `--label` asks for, `[attributes]`; NO_LABEL throughout if it is empty."""
+    import torch
+
+    from diffrl.types import NO_LABEL
+
+    if not text:
+        return torch.full((attributes,), NO_LABEL)
+    if not attributes:
+        raise DiffRLError(f"--label {text}: this run has no labels, its reward has no classes.")
+    numbers = text.split(",")
+    if len(numbers) != attributes or not all(number.lstrip("-").isdecimal() for number in numbers):
+        example = ",".join("0" * attributes)
+        raise DiffRLError(f"--label {text}: not {attributes} number(s); give them as --label {example}.")
+    return torch.tensor([int(number) for number in numbers])
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -360,11 +372,6 @@ def _list(options: argparse.Namespace) -> None:
         table.add_row(f"prompts={name}", f"{len(words)} words: {', '.join(words[:5])}, ...")
     table.add_row("prompts=PATH.txt", "one prompt per line")
     console.print(table)
-
-
-def _label(text: str) -> list[int]:
-    """Return a label from its numbers with commas between; argparse says what is wrong with another."""
-    return [int(number) for number in text.split(",")]
 
 
 def _quieten() -> None:

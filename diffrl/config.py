@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,6 +35,7 @@ from diffrl.algorithms.guidance.svdd import SVDD
 from diffrl.algorithms.reward_backprop import RewardBackprop
 from diffrl.algorithms.rwr import RWR
 from diffrl.algorithms.untrained import Untrained
+from diffrl.backbones.stable_diffusion import fingerprint
 from diffrl.envs.emoji import Emoji
 from diffrl.envs.gaussian_mixture import GaussianMixture
 from diffrl.envs.sd15 import SD15
@@ -146,17 +147,36 @@ def load(overrides: list[str]) -> Config:
 def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
     """Do `job` for every combination of settings, given with commas, through a Hydra launcher.
 
-    `hydra/launcher=...` is another one than the built-in, which does them in turn. Runs lie in the folder
-    that Hydra gives each job, unless `root` says where. Hydra reports mistakes and ends the process.
+    `hydra/launcher=...` is another one than the built-in, which does them in turn. Unless `root` and `name`
+    say otherwise, a run lies in the sweep's folder and is named after the settings that vary. Hydra tells
+    of a job's mistake when all are done, and ends the process.
+
+    Raises:
+        DiffRLError: a word that does not parse, an env among several that has a reward of its own.
     """
-    words = [*_own_reward(overrides), *overrides]
-    if not any(word.startswith("root=") for word in words):
-        words.append("root=${hydra:runtime.output_dir}")
+    words = [word for word in overrides if word.partition("=")[0] != "hydra/launcher"]
+    try:
+        varied = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
+    except HydraException as error:
+        raise DiffRLError(
+            f"{' '.join(str(error).split())} Write key=value, quotes round blanks."
+        ) from error
+    keys = [override.key_or_group for override in varied]
+    given = {word.partition("=")[0] for word in words}
+    if "env" in keys and "reward" not in given:
+        raise DiffRLError("env: several of them in a sweep need one reward that suits all; give reward=...")
+    name = ",".join(f"{key}=${{{'hydra:runtime.choices.' * (key in GROUPS)}{key}}}" for key in keys)
+    words = [*_own_reward(words), *overrides]
+    words += [] if "root" in given else ["root=${hydra:sweep.dir}"]
+    words += [] if "name" in given or not keys else [f"name='{name}'"]
     _register()
 
     @hydra.main(config_path="pkg://diffrl.conf", config_name="config", version_base="1.3")
     def one(composed: DictConfig) -> None:
-        job(to_objects(composed))
+        try:
+            job(to_objects(composed))
+        except DiffRLError as error:  # Hydra shows a traceback of all others
+            raise CompactHydraException(f"diffrl: {error}") from error
 
     arguments, sys.argv = sys.argv, ["diffrl", "--multirun", *words]
     try:
@@ -174,7 +194,7 @@ def read(path: Path) -> Config:
         words = [f"{group}={stored.pop('_' + group)}" for group in GROUPS]
         composed = _compose(words)
         for key in set(_keys(composed)) - set(_keys(OmegaConf.create(stored))) - {"defaults"}:
-            raise ValueError(f"{key!r} is missing; is the file cut short?")
+            raise ValueError(f"{key!r} is missing: it is cut short, or of an older version")
         return to_objects(OmegaConf.merge(composed, stored))
     except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # YAML's errors have several lines
@@ -192,8 +212,10 @@ def _stored(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """Return a hash of every setting but the run's name and place."""
+    """Return a hash of every setting but the run's name and place; of a checkpoint, of its content."""
     facts = _stored(replace(config, name="", root=""))
+    if "model" in facts["env"]:
+        facts["env"]["model"] = fingerprint(facts["env"]["model"])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -29,6 +29,7 @@ class Compressibility:
     ceiling: float = 1.0  # of p(y|x): the reward is log min(p, ceiling)
 
     learned: ClassVar[bool] = True
+    measures: ClassVar[list[str]] = ["compressibility"]
 
     def __post_init__(self) -> None:
         if self.edges is not None:
@@ -48,7 +49,7 @@ class Compressibility:
         ):
             edges = PUBLISHED_EDGES
         attribute = fit_attribute(
-            "compressibility",
+            self.measures[0],
             images,
             edges,
             self.num_classes,

@@ -47,8 +47,15 @@ def fit_attribute(
         bounds = values.quantile(torch.arange(1, num_classes) / num_classes)
     else:
         bounds = torch.tensor(edges)
+    label = true.class_of(values, bounds)
+    counts = label.bincount(minlength=num_classes)
+    if len(images) < 10 * num_classes or int(counts.min()) < 5:
+        raise DiffRLError(
+            f"{measure}: {len(images)} pictures with {counts.tolist()} a class are too few to fit "
+            f"{num_classes} classes: give at least 5 of each class and 10 a class overall, or other edges."
+        )
     classifier, report, held_out = fit_classifier(
-        images, true.class_of(values, bounds), num_classes, features=features, generator=generator
+        images, label, num_classes, features=features, generator=generator
     )
     with torch.no_grad():
         log_prob = torch.cat([classifier(as_float(images[i])) for i in held_out.split(128)])
@@ -66,12 +73,6 @@ def fit_classifier(
         features: see `Classifier`; fixed features are computed once, learned ones at every step.
         generator: of the split and the order of the batches.
     """
-    counts = label.bincount(minlength=num_classes)
-    if len(images) < 10 * num_classes or int(counts.min()) < 5:
-        raise DiffRLError(
-            f"{len(images)} pictures with {counts.tolist()} a class are too few to fit {num_classes} "
-            "classes: give at least 5 of each class and 10 a class overall, or other edges."
-        )
     order = torch.randperm(len(images), generator=generator)
     held_out, train = order.split([round(HELD_OUT * len(order)), len(order) - round(HELD_OUT * len(order))])
     with torch.random.fork_rng(devices=[]):
@@ -110,7 +111,7 @@ def fit_classifier(
         nll=float(F.nll_loss(log_prob, truth)),
         ece=expected_calibration_error(log_prob.exp(), truth),
         temperature=float(classifier.temperature),
-        class_counts=tuple(counts.tolist()),
+        class_counts=tuple(label.bincount(minlength=num_classes).tolist()),
     )
     return classifier, report, held_out
 

@@ -20,9 +20,9 @@ class Measure:
 
     title: str
     of: Callable[[Tensor], Tensor]  # pictures to `[N]`
+    features: str  # of a classifier that is to see it
     unit: str = ""
     falling: bool = False  # the last class holds the smallest values
-    features: str = "cnn"  # of a classifier that is to see it
 
     def class_of(self, value: Tensor, edges: Tensor) -> Tensor:
         """Return the class of each value `[N]`, between rising edges `[K - 1]`: `[N]`, 0 to K - 1.
@@ -54,14 +54,17 @@ def colourfulness(images: Tensor) -> Tensor:
     sqrt(var rg + var yb) + 0.3 sqrt(mean rg^2 + mean yb^2) of the picture in 8 bits. Source: Hasler and
     Suesstrunk, Measuring colourfulness in natural images, SPIE 5007, 2003, M^(3) and table 2.
     """
-    pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2).double() / 255
-    planes = opponents(pixels).flatten(2)
-    spread = planes.var(2, correction=0).sum(1).sqrt()
-    return (spread + 0.3 * planes.mean(2).norm(dim=1)).float()
+    measured = []
+    for part in images.split(16):  # large pictures in float64 are larger still
+        pixels = torch.from_numpy(to_pixels(part)).permute(0, 3, 1, 2)
+        planes = opponents(pixels.double() / 255).flatten(2)
+        spread = planes.var(2, correction=0).sum(1).sqrt()
+        measured.append(spread + 0.3 * planes.mean(2).norm(dim=1))
+    return torch.cat(measured).float()
 
 
 MEASURES = {
-    "compressibility": Measure("JPEG size", jpeg_kilobytes, "kB", falling=True, features="dct"),
-    "colourfulness": Measure("colourfulness", colourfulness, features="colour"),
+    "compressibility": Measure("JPEG size", jpeg_kilobytes, "dct", "kB", falling=True),
+    "colourfulness": Measure("colourfulness", colourfulness, "colour"),
 }
 """By name."""

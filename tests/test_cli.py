@@ -224,7 +224,7 @@ class TestFit:
         assert main(["train", *words]) == 0
         assert "drawing" not in capsys.readouterr().out
         line = fails(capsys, "train", *words, "name=x", "reward.num_classes=4")
-        assert "it knows 2 classes" in line
+        assert "it knows 2 classes of compressibility" in line
 
     def test_a_black_box_has_nothing_to_fit(self, capsys):
         assert "nothing to fit" in fails(capsys, "fit", "reward=jpeg")
@@ -382,8 +382,19 @@ def test_a_sweep_trains_every_combination(tmp_path, monkeypatch, capsys):
     words = ["env=gaussian_mixture", "env.num_steps=4", "algo.updates=1"]
     words += ["algo.batch_size=8", "algo.micro_batch_size=8"]
     assert main(["train", "-m", *words, "algo.kl=0,1", "algo=ddpo", "seed=0,1"]) == 0
-    runs = sorted(tmp_path.glob("multirun/*/*/*/ddpo-*/config.yaml"))
-    assert [(read(path).algo.kl, read(path).seed) for path in runs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert main(["train", "--multirun", *words, "root=here", "seed=3,4"]) == 0
-    names = sorted(path.name for path in (tmp_path / "here").iterdir())
-    assert names == ["ctrl-gaussian_mixture-softmax-seed3", "ctrl-gaussian_mixture-softmax-seed4"]
+    runs = {path.parent.name: read(path) for path in tmp_path.glob("multirun/*/*/*/config.yaml")}
+    expected = {f"algo.kl={kl}.0,seed={seed}": (kl, seed) for kl in (0, 1) for seed in (0, 1)}
+    assert {name: (run.algo.kl, run.seed) for name, run in runs.items()} == expected
+    assert main(["train", "--multirun", *words, "root=here", "algo=ctrl,ddpo"]) == 0
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["algo=ctrl", "algo=ddpo"]
+
+
+def test_mistakes_in_a_sweep_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "Write key=value" in fails(capsys, "train", "-m", "foo")
+    assert "give reward=" in fails(capsys, "train", "-m", "env=emoji,gaussian_mixture")
+    with pytest.raises(SystemExit):
+        main(["train", "-m", "env=gaussian_mixture", "algo.gamma=-1,-2", "algo=ctrl"])
+    said = capsys.readouterr().err
+    assert "algo.gamma=-1.0: must be positive" in said
+    assert "Traceback" not in said

@@ -10,7 +10,7 @@ from conftest import assert_close
 from test_cli import fails
 
 from diffrl import build, config
-from diffrl.benchmarks import suites, summary
+from diffrl.benchmarks import compare, suites, summary
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
 from diffrl.log import print_wide
@@ -76,6 +76,13 @@ class TestSuiteFile:
     def test_a_base_that_is_no_suite_is_named(self, tmp_path, capsys):
         message = fails(capsys, *words(write(tmp_path, base="compresibility")))
         assert "base=compresibility: no such base. Did you mean 'compressibility'?" in message
+        assert "no such base" in fails(capsys, *words(write(tmp_path, base=["exact"])))
+
+    def test_a_base_may_have_a_base(self, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text("base: multitask")
+        mine = suites.load(str(path))
+        assert mine.tune == suites.load("compressibility").tune
 
     def test_a_mistake_in_the_last_row_shows_before_the_first_is_run(self, tmp_path, capsys):
         path = write(tmp_path, rows=ROWS | {"last": ["algo.gama=3"]})
@@ -119,7 +126,7 @@ class TestTable:
     def test_a_record_has_the_bare_names_of_an_evaluation(self):
         row = {"suite": "s", "n_seeds": 3, "eval/accuracy": 0.5, "eval/accuracy_ci95": 0.1, "exact/tv": 0.2}
         names = ["suite", "n_seeds", "accuracy", "accuracy_ci95", "exact/tv"]
-        assert list(summary.record(row)) == names
+        assert list(summary.bare(row)) == names
 
 
 class TestCells:
@@ -173,6 +180,11 @@ class TestCells:
         assert main(words(path, "--seeds", "2", "--out", str(kept))) == 0
         assert "4 of 4 cells are done already" in capsys.readouterr().out
         assert json.loads((kept / "mine.json").read_text())["cells"] == before
+        assert main(words(path, "--seeds", "1", "--out", str(kept))) == 0
+        cells = json.loads((kept / "mine.json").read_text())["cells"]  # the other seed's stay
+        assert {(c["row"], c["seed"]) for c in cells} == {(c["row"], c["seed"]) for c in before}
+        message = fails(capsys, *words(path, "algo.max_grad_norm=2", "--seeds", "2", "--out", str(kept)))
+        assert "ctrl-gamma-1-seed0: the suite's result holds it with other settings" in message
         stored = []
         monkeypatch.setattr(
             summary, "store", lambda *args: stored.append(args[2]) or summary.summarise("", args[2])
@@ -186,6 +198,45 @@ class TestCells:
         message = fails(capsys, *words(done, "algo.max_grad_norm=2"))
         assert "a finished run of other settings or another version. Give another --root" in message
         assert cell.read_bytes() == before
+
+    def test_a_new_trial_does_not_cost_the_cells_that_are_done(self, tmp_path, monkeypatch):
+        saved = []
+        suite = suites.load(str(write(tmp_path, tune={"reward only": {"algo.learning_rate": [0.1]}})))
+        known = [{"row": "reward only", "seed": 4, "points": [{}]}]
+
+        def one_by_one(cells, folder, jobs, earlier, save):
+            records = [
+                {"row": cell.row, "seed": cell.seed, "points": [{"eval/accuracy": 1.0}]} for cell in cells
+            ]
+            save(records)
+            return records
+
+        monkeypatch.setattr(compare, "_run_all", one_by_one)
+        compare.compare(
+            suite,
+            tmp_path,
+            words=[],
+            seeds=1,
+            earlier=(known, []),
+            save=lambda *records: saved.append(records),
+        )
+        (during_trials, trial), (after, _) = saved
+        assert during_trials == known
+        assert [record["row"] for record in trial] == ["reward only algo.learning_rate=0.1"]
+        assert [(r["row"], r["seed"]) for r in after] == [
+            ("ctrl, gamma 1", 0),
+            ("reward only", 0),
+            ("reward only", 4),
+        ]
+
+    def test_a_checkpoint_counts_by_its_content_not_by_its_place(self, tiny_path, tmp_path):
+        copy = tmp_path / "elsewhere"
+        shutil.copytree(tiny_path, copy)
+        here, there = (config.load([f"env.model={path}"]) for path in (tiny_path, copy))
+        assert config.digest(here) == config.digest(there)
+        (copy / "unet" / "config.json").write_text("{}")
+        assert config.digest(here) != config.digest(there)
+        assert config.digest(here) != config.digest(config.load([f"env.model={tiny_path}", "seed=1"]))
 
     @pytest.mark.parametrize("word", ["seed=3", "algo=ddpo", "name=x"])
     def test_what_the_suite_sets_is_not_set_beside_it(self, done, capsys, word):

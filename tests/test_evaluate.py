@@ -68,4 +68,13 @@ def test_two_controls_are_trained_measured_and_asked_for(tiny_path, tmp_path, ca
     assert [line.split()[0] for line in table.splitlines()[1:5]] == ["0,0", "0,1", "1,0", "1,1"]
     assert main(["sample", run, "--prompt=cat", "--label=1,0", "-n=2", f"--out={tmp_path}"]) == 0
     assert (tmp_path / "cat-label1,0.png").is_file()
-    assert "give them as --label 0,0" in fails(capsys, "sample", run, "--prompt=cat", "--label=1")
+    for label in ("1", "x,0", "1,0,1"):
+        line = fails(capsys, "sample", run, "--prompt=cat", f"--label={label}")
+        assert f"--label {label}: not 2 number(s); give them as --label 0,0" in line
+    line = fails(capsys, "sample", run, "--prompt=cat", "--label=-1,-1", "guidance=svdd")
+    assert "no --label" in line
+    words = [f"env.model={tiny_path}", f"root={tmp_path}", "name=x", "reward=multitask", *fast]
+    swapped = "reward.measures=[colourfulness,compressibility]"
+    line = fails(capsys, "train", *words, swapped, f"reward.classifier={run}/classifier.safetensors")
+    assert "knows 2 classes of compressibility and 2 classes of colourfulness" in line
+    assert "has 2 classes of colourfulness and 2 classes of compressibility" in line

@@ -137,9 +137,10 @@ class TestFit:
             assert torch.equal(a, b)
 
     def test_too_few_pictures_are_refused(self):
-        images = pictures(8)
-        with pytest.raises(DiffRLError, match="too few"):
-            fit_classifier(images, torch.arange(8) % 2, 2, features="dct", generator=torch.Generator())
+        with pytest.raises(
+            DiffRLError, match=r"compressibility: 8 pictures with \[4, 4\] a class are too few"
+        ):
+            Compressibility(num_classes=2).fit(pictures(8), 0, from_pretrained=True)
 
     def test_calibration_recovers_a_known_temperature(self):
         generator = torch.Generator().manual_seed(0)
