@@ -289,10 +289,9 @@ def _sample(options: argparse.Namespace) -> None:
     from PIL import Image
 
     from diffrl.algorithms.guidance.base import Unguided
-    from diffrl.evaluate import label_name
+    from diffrl.evaluate import label_name, measures_of
     from diffrl.log import console, grid
     from diffrl.rewards.closed_form import ClosedForm
-    from diffrl.rewards.jpeg import jpeg_kilobytes
     from diffrl.rewards.log_likelihood import LogLikelihood
     from diffrl.rollout import rollout
     from diffrl.types import NO_LABEL, to_pixels
@@ -312,7 +311,6 @@ def _sample(options: argparse.Namespace) -> None:
     wanted = {"prompts": [options.prompt] * count, "label": label.expand(count, -1)}
     trajectory = rollout(actor.env, actor, generator, seed=options.seed, options=wanted)
     images = trajectory.images[actor.chosen(generator)]
-    sizes = jpeg_kilobytes(images).tolist()
     folder = options.out or (_run_folder(options.words) or Path()) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     stem = options.prompt.replace(" ", "-").replace("/", "-")
@@ -327,9 +325,11 @@ def _sample(options: argparse.Namespace) -> None:
     if asked and isinstance(reward, LogLikelihood):
         hits = int((reward.true_class(images) == label).all(1).sum())
         of_class = f", {hits} of true class {label_name(label)}"
-    console.print(
-        f"{folder / stem}.png: {options.n} pictures, {min(sizes):.2f} to {max(sizes):.2f} kB{of_class}"
-    )
+    spans = []
+    for measure in measures_of(reward):
+        values = measure.of(images).tolist()
+        spans.append(f"{min(values):.2f} to {max(values):.2f} {measure.unit or measure.title}")
+    console.print(f"{folder / stem}.png: {options.n} pictures, {', '.join(spans)}{of_class}")
 
 
 def _label(text: str, attributes: int) -> Any:

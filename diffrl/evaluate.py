@@ -18,10 +18,10 @@ from diffrl.log import grid
 from diffrl.policy import Pretrained
 from diffrl.quality import brisque, clip_score, diversity
 from diffrl.rewards.log_likelihood import LogLikelihood
-from diffrl.rewards.measures import MEASURES
+from diffrl.rewards.measures import MEASURES, Measure
 from diffrl.rewards.prompt_fidelity import PromptFidelity
 from diffrl.rollout import rollout
-from diffrl.types import NO_LABEL, every_label
+from diffrl.types import NO_LABEL, Reward, every_label
 
 
 def evaluate(
@@ -157,9 +157,6 @@ def picture_grid(actor: Guidance, prompts: list[str], *, seed: int = 42) -> Imag
     names = []
     labels = every_label(env.reward.num_classes)
     null = torch.full_like(labels[:1], NO_LABEL)
-    measured = [MEASURES["compressibility"]]
-    if isinstance(env.reward, LogLikelihood):
-        measured = [attribute.measure for attribute in env.reward.attributes]
     for number, label in enumerate(torch.cat([null, labels])):
         generator = torch.Generator(env.device).manual_seed(seed)
         options = {
@@ -171,10 +168,17 @@ def picture_grid(actor: Guidance, prompts: list[str], *, seed: int = 42) -> Imag
         first = torch.arange(len(words)) * actor.population
         rows.append(drawn.images[actor.chosen(generator) if number else first])
         lines = ["pretrained" if not number else f"label {label_name(label)}" if len(label) else "trained"]
-        for measure in measured:
+        for measure in measures_of(env.reward):
             lines.append(f"{float(measure.of(rows[-1]).mean()):.2f} {measure.unit or measure.title}")
         names.append("\n".join(lines))
     return grid(rows, names, words)
+
+
+def measures_of(reward: Reward) -> list[Measure]:
+    """Return the true measures that a reward is about; of a black box, JPEG size."""
+    if isinstance(reward, LogLikelihood):
+        return [attribute.measure for attribute in reward.attributes]
+    return [MEASURES["compressibility"]]
 
 
 def label_name(label: Tensor) -> str:
