@@ -87,7 +87,8 @@ def compare(
         for row in suite.tune:
             rows[row] = [*rows[row], _best(row, suite, trials, folder)]
     number = seeds or (1 if quick else suite.seeds)
-    cells = [Cell(row, seed, [*rows[row], f"seed={seed}"]) for row in rows for seed in range(number)]
+    # seed by seed: a suite that is stopped has something of every row
+    cells = [Cell(row, seed, [*rows[row], f"seed={seed}"]) for seed in range(number) for row in rows]
     others = [record for record in known if record["row"] in rows]  # seeds that are not asked for
     done = _run_all(cells, folder, jobs, known, lambda done: save(_merged(done, others), trials))
     return _merged(done, others), trials
