@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffrl.benchmarks.summary import first_of
+from diffrl.benchmarks.summary import SPENT, first_of
 
 _ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -81,7 +81,17 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         ]
         return _markdown(heading, rows)
 
-    return {"emoji": emoji, "exact": exact}
+    def families() -> str:
+        result = read("emoji")
+        measures = result["settings"]["columns"]
+        rows = []
+        for row in result["rows"]:
+            cells = [_with_interval(row, measure) for measure in measures.values()]
+            cells += [f"{row[f'spent/{name}']:,.0f}" for name in SPENT.values()]
+            rows.append([row["method"], str(row["n_seeds"]), *cells])
+        return _markdown(["", "seeds", *measures, *SPENT], rows)
+
+    return {"emoji": emoji, "exact": exact, "families": families}
 
 
 def written(text: str, results: Path) -> str:
@@ -92,6 +102,11 @@ def written(text: str, results: Path) -> str:
 
 def _mean_and_worst(row: dict[str, Any], measure: str) -> tuple[str, str]:
     return _short(row.get(measure)), _short(row.get(f"{measure}_max"))
+
+
+def _with_interval(row: dict[str, Any], measure: str) -> str:
+    value, half = row.get(measure), row.get(f"{measure}_ci95")
+    return _short(value) if half is None else f"{_short(value)} ± {_short(half)}"
 
 
 def _short(value: float | None) -> str:
