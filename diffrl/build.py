@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -123,14 +124,15 @@ class Setup:
                 )
             return reward
         path = cache_folder() / f"{self._reward_key()}.safetensors"
-        if path.is_file() and not refit:
-            console.print(f"classifier: from the cache, {path}")
-            return LogLikelihood.load(path)
-        drawn = self.config.dataset is None
-        images = self._draw(policy, chosen.num_pictures) if drawn else self._read_folder()
-        reward = chosen.fit(images, self.config.seed, from_pretrained=drawn)
         path.parent.mkdir(parents=True, exist_ok=True)
-        reward.save(path)
+        with FileLock(f"{path}.lock"):  # cells of a suite want the same one at once
+            if path.is_file() and not refit:
+                console.print(f"classifier: from the cache, {path}")
+                return LogLikelihood.load(path)
+            drawn = self.config.dataset is None
+            images = self._draw(policy, chosen.num_pictures) if drawn else self._read_folder()
+            reward = chosen.fit(images, self.config.seed, from_pretrained=drawn)
+            reward.save(path)
         return reward
 
     def _draw(self, policy: Policy, count: int) -> Tensor:
