@@ -175,7 +175,8 @@ class TestCells:
         with pytest.raises(SystemExit):  # once more, so that the result holds what a later version writes
             main(words(done, "--out", str(kept)))
         path = write(tmp_path, rows=ROWS)
-        before = json.loads((kept / "mine.json").read_text())["cells"][:4]
+        cells = json.loads((kept / "mine.json").read_text())["cells"]
+        before = [cell for cell in cells if "points" in cell]
         capsys.readouterr()
         assert main(words(path, "--seeds", "2", "--out", str(kept))) == 0
         assert "4 of 4 cells are done already" in capsys.readouterr().out
