@@ -169,10 +169,10 @@ def _run_all(
         for cell in cells
     }
     todo = [cell for cell in cells if records[cell.name] is None]
+    now = provenance()
     folder.mkdir(parents=True, exist_ok=True)
     if done := len(cells) - len(todo):
         console.print(f"{done} of {len(cells)} cells are done already")
-        now = provenance()
         for what in ("commit", "hardware"):
             others = {r[what] for r in records.values() if r} - {now[what]}
             if others:
@@ -182,7 +182,7 @@ def _run_all(
     context = multiprocessing.get_context("forkserver")  # a server imports once, each cell is its fork
     context.set_forkserver_preload(["diffrl.run"])
     threads = threads or max(torch.get_num_threads() // jobs, 1)  # of the cores that we may use
-    origin = provenance() | {"jobs": jobs, "threads": threads}
+    origin = now | {"jobs": jobs, "threads": threads}
     with ThreadPoolExecutor(jobs) as pool, progress("cells", len(todo)) as bar:
 
         def finish(cell: Cell) -> None:

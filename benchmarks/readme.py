@@ -86,7 +86,7 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         measures = result["settings"]["columns"]
         rows = []
         for row in result["rows"]:
-            cells = [_with_interval(row, measure) for measure in measures.values()]
+            cells = [_with_interval(row, first_of(measure, row)) for measure in measures.values()]
             cells += [f"{row[f'spent/{name}']:,.0f}" for name in SPENT.values()]
             rows.append([row["method"], str(row["n_seeds"]), *cells])
         return _markdown(["", "seeds", *measures, *SPENT], rows)

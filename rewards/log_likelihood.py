@@ -86,9 +86,11 @@ class Attribute(nn.Module):
         features = next(
             name for name, kind in FEATURES.items() if isinstance(self.classifier.features, kind)
         )
-        classes = self.classifier.num_classes
-        return {"measure": self.name, "num_classes": classes, "features": features} | {
-            "report": vars(self.report)
+        return {
+            "measure": self.name,
+            "num_classes": self.classifier.num_classes,
+            "features": features,
+            "report": vars(self.report),
         }
 
 
