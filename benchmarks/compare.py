@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,7 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
         "command": shlex.join(["diffrl", "train", *cell.words]),
         "minutes": (time.perf_counter() - begin) / 60,
         "points": list(points_of(trained)),
+        "settings": config.facts(settings),
     }
     unfinished = trained / (_CELL_FILE + ".tmp")
     unfinished.write_text(json.dumps(record | origin))
@@ -253,41 +254,30 @@ def points_of(trained: Path) -> Iterator[dict[str, Any]]:
 
 
 def _finished(cell: Cell, folder: Path, wanted: config.Config) -> Record | None:
-    """Return the record of a cell that has run to its end; None if not, or if its record is cut short.
-
-    Raises:
-        DiffRLError: it ran to its end with other settings (presets count) or by another version.
-    """
-    path = folder / cell.name
+    """Return the record of a cell that has run to its end; None if not, or if its record is cut short."""
     try:
-        record = json.loads((path / _CELL_FILE).read_text(encoding="utf-8"))
-        stored = replace(config.read(path / run.CONFIG_FILE), root=wanted.root)  # it may have moved
-        if stored == wanted and record["version"] == __version__:
-            return record | {"digest": config.digest(wanted)}
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads((folder / cell.name / _CELL_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    except DiffRLError:
-        pass  # settings that this version does not have
-    raise DiffRLError(
-        f"{path}: a finished run of other settings or another version. Give another --root, or delete it."
-    )
+    return _ours(record, wanted, f"{folder / cell.name}: a finished run", "--root, or delete it")
 
 
 def _known(cell: Cell, earlier: Sequence[Record], wanted: config.Config) -> Record | None:
-    """Return the record of a cell among `earlier` ones, if it ran to its end there.
+    """Return the record of a cell among `earlier` ones, if it ran to its end there."""
+    of_it = [r for r in earlier if (r["row"], r["seed"]) == (cell.row, cell.seed) and "points" in r]
+    what = f"{cell.name}: the suite's result holds it, but"
+    return _ours(of_it[0], wanted, what, "--out, or move the result away") if of_it else None
+
+
+def _ours(record: Record, wanted: config.Config, what: str, fix: str) -> Record:
+    """Return the record.
 
     Raises:
-        DiffRLError: it did, with other settings or by another version.
+        DiffRLError: it is of other settings (presets count) or of another version.
     """
-    of_it = [r for r in earlier if (r["row"], r["seed"]) == (cell.row, cell.seed) and "points" in r]
-    if not of_it:
-        return None
-    if (of_it[0].get("digest"), of_it[0]["version"]) != (config.digest(wanted), __version__):
-        raise DiffRLError(
-            f"{cell.name}: the suite's result holds it with other settings or by another version. Give "
-            "another --out, or move the result away."
-        )
-    return of_it[0]
+    if not config.same(record.get("settings", {}), wanted) or record["version"] != __version__:
+        raise DiffRLError(f"{what} of other settings or another version. Give another {fix}.")
+    return record
 
 
 def _merged(records: list[Record], earlier: Sequence[Record]) -> list[Record]:

@@ -4,11 +4,9 @@ One dataclass a component is its schema: fields, defaults, and a line of help in
 each. Presets are YAML in `diffrl/conf/`.
 """
 
-import hashlib
-import json
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -211,12 +209,26 @@ def _stored(config: Config) -> dict[str, Any]:
     return stored | OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore
 
 
-def digest(config: Config) -> str:
-    """Return a hash of every setting but the run's name and place; of a checkpoint, of its content."""
-    facts = _stored(replace(config, name="", root=""))
-    if "model" in facts["env"]:
-        facts["env"]["model"] = fingerprint(facts["env"]["model"])
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def facts(config: Config) -> dict[str, Any]:
+    """Return every setting but the run's name and place; of a checkpoint, a hash of its content."""
+    found = _stored(replace(config, name="", root=""))
+    if "model" in found["env"]:
+        found["env"]["model"] = fingerprint(found["env"]["model"])
+    return found
+
+
+def same(stored: Mapping[str, Any], config: Config) -> bool:
+    """Return whether `stored`, from `facts`, is `config`; younger settings count as defaults."""
+    parts = {group: type(getattr(config, group))() for group in GROUPS}
+    defaults = facts(Config(**parts))
+    return _flat(facts(config)) == _flat(defaults) | _flat(stored)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def chosen(config: Config, group: str) -> str:

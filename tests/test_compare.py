@@ -185,7 +185,7 @@ class TestCells:
         cells = json.loads((kept / "mine.json").read_text())["cells"]  # the other seed's stay
         assert {(c["row"], c["seed"]) for c in cells} == {(c["row"], c["seed"]) for c in before}
         message = fails(capsys, *words(path, "algo.max_grad_norm=2", "--seeds", "2", "--out", str(kept)))
-        assert "ctrl-gamma-1-seed0: the suite's result holds it with other settings" in message
+        assert "ctrl-gamma-1-seed0: the suite's result holds it, but of other settings" in message
         stored = []
         monkeypatch.setattr(
             summary, "store", lambda *args: stored.append(args[2]) or summary.summarise("", args[2])
@@ -233,11 +233,20 @@ class TestCells:
     def test_a_checkpoint_counts_by_its_content_not_by_its_place(self, tiny_path, tmp_path):
         copy = tmp_path / "elsewhere"
         shutil.copytree(tiny_path, copy)
-        here, there = (config.load([f"env.model={path}"]) for path in (tiny_path, copy))
-        assert config.digest(here) == config.digest(there)
+        stored = config.facts(config.load([f"env.model={tiny_path}"]))
+        there = config.load([f"env.model={copy}", "name=other", "root=elsewhere"])
+        assert config.same(stored, there)
         (copy / "unet" / "config.json").write_text("{}")
-        assert config.digest(here) != config.digest(there)
-        assert config.digest(here) != config.digest(config.load([f"env.model={tiny_path}", "seed=1"]))
+        assert not config.same(stored, there)
+        assert not config.same(stored, config.load([f"env.model={tiny_path}", "seed=1"]))
+
+    def test_a_setting_younger_than_a_result_counts_as_its_default(self):
+        stored = config.facts(config.load([]))
+        del stored["algo"]["max_grad_norm"], stored["eval_scales"]
+        assert config.same(stored, config.load([]))
+        assert not config.same(stored, config.load(["algo.max_grad_norm=2"]))
+        assert not config.same(stored, config.load(["eval_scales=[0.5]"]))
+        assert not config.same(stored | {"gone": 1}, config.load([]))
 
     @pytest.mark.parametrize("word", ["seed=3", "algo=ddpo", "name=x"])
     def test_what_the_suite_sets_is_not_set_beside_it(self, done, capsys, word):
