@@ -3,15 +3,17 @@
 Shapes: N envs, T steps.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from diffrl import processes
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy
@@ -70,7 +72,9 @@ class Algorithm(ABC):
         """Take one optimiser step and return its metrics.
 
         `trajectories` is lazy: each micro-batch is collected when it is asked for, so that an algorithm
-        that back-propagates through it holds one graph at a time.
+        that back-propagates through it holds one graph at a time. They are this process's part of the
+        update's pictures; metrics are about all of them. What is drawn here is drawn from the global
+        generator, which every process has in the same state: it is about all pictures too.
         """
 
     def make_optimizer(self, policy: Policy) -> Optimizer:
@@ -89,19 +93,41 @@ class Algorithm(ABC):
         """Return whether the weights after an update, counted from 0, belong to the mean."""
         return update >= (1 - self.average) * self.updates
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been learnt beside the weights and decides later updates, in JSON's types."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        assert not state
+
     def step(self, policy: Policy, optimizer: Optimizer) -> dict[str, float]:
-        """Clip the gradients, step the optimiser, and return the norms before clipping."""
+        """Sum the processes' gradients, clip, step, and return the norms before clipping.
+
+        A gradient that is not finite is dropped: no step is taken, and `train/skipped_steps` says so.
+        """
         lora, embedding = policy.lora_parameters(), policy.embedding_parameters()
+        processes.sum_gradients([*lora, *embedding])
         norms = {
             "train/grad_norm_lora": nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None]),
             "train/grad_norm_embedding": nn.utils.get_total_norm(
                 [p.grad for p in embedding if p.grad is not None]
             ),
         }
+        found = {name: float(norm) for name, norm in norms.items()}
+        if not all(math.isfinite(norm) for norm in found.values()):
+            optimizer.zero_grad()
+            return {"train/skipped_steps": 1.0}
         nn.utils.clip_grad_norm_([*lora, *embedding], self.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return {name: float(norm) for name, norm in norms.items()}
+        return found
+
+
+def batches(items: Tensor, size: int) -> Iterator[Tensor]:
+    """Yield `items` in batches of at most `size`; none if there are none."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from diffrl.algorithms.base import Algorithm
-from diffrl.algorithms.denoising import denoising_loss
+from diffrl import processes
+from diffrl.algorithms.base import Algorithm, batches
+from diffrl.algorithms.denoising import denoising_loss, draw_noise
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy, Pretrained
@@ -74,28 +75,28 @@ class ClassifierFree(Algorithm):
     ) -> dict[str, float]:
         """Fit the denoiser to the round's pictures."""
         batch = Trajectory.cat([trajectory.result() for trajectory in trajectories])
+        reward = processes.joined(batch.reward)
+        ours, x_0 = processes.place(len(batch.context)), batch.latents[-1]
         total, steps, norms = 0.0, 0, {}
         for _ in range(self.epochs):
-            for samples in torch.randperm(len(batch.context)).split(self.fit_batch_size):
-                for part in samples.split(self.micro_batch_size):
-                    embeds, label = self._dropped(batch, part, policy)
-                    x_0 = batch.latents[-1][part]
-                    loss = denoising_loss(policy, x_0, embeds, label).sum() / len(samples)
+            for samples in torch.randperm(len(reward)).split(self.fit_batch_size):
+                timestep, noise = draw_noise(policy, len(samples), x_0.shape[1:])
+                left_out = self.draw_left_out(len(samples))
+                for part in batches(processes.among(samples, ours), self.micro_batch_size):
+                    own = (samples[part] - ours.start).to(x_0.device)
+                    no_prompt, no_label = left_out[:, part].to(own.device)
+                    embeds, label = batch.context.prompt_embeds[own], batch.context.label[own]
+                    embeds = torch.where(no_prompt[:, None, None], policy.null_embeds, embeds)
+                    label = label.masked_fill(no_label[:, None], NO_LABEL)
+                    losses = denoising_loss(policy, x_0[own], embeds, label, timestep[part], noise[part])
+                    loss = losses.sum() / len(samples)
                     loss.backward()
                     total += float(loss.detach())
                 norms = self.step(policy, optimizer)
                 steps += 1
-        return norms | {
-            "rollout/reward_mean": float(batch.reward.mean()),
-            "train/loss": total / steps,
-        }
+        metrics = {"rollout/reward_mean": float(reward.mean())}
+        return norms | processes.summed({"train/loss": total / steps}) | metrics
 
-    def _dropped(self, batch: Trajectory, part: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
-        """Return prompts and labels of `part`, some of each replaced by the null ones."""
-        part = part.to(batch.latents.device)
-        embeds, label = batch.context.prompt_embeds[part], batch.context.label[part]
-        no_prompt, no_label = (
-            (torch.rand(len(part)) < share).to(part.device) for share in (self.drop_prompt, self.drop_label)
-        )
-        embeds = torch.where(no_prompt[:, None, None], policy.null_embeds, embeds)
-        return embeds, label.masked_fill(no_label[:, None], NO_LABEL)
+    def draw_left_out(self, count: int) -> Tensor:
+        """Return whose prompt and whose label are to be left out, bool `[2, count]`, independently."""
+        return torch.rand(2, count) < torch.tensor([[self.drop_prompt], [self.drop_label]])

@@ -8,15 +8,16 @@ of the KL: CTRL, arXiv:2406.12120, appendix G.2. Shapes: B pictures of a batch, 
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.optim import Optimizer
 
+from diffrl import processes
 from diffrl.algorithms.advantages import SMALLEST_STD, GroupStatistics, groups_of, standardise
-from diffrl.algorithms.base import Algorithm, check_choice
+from diffrl.algorithms.base import Algorithm, batches, check_choice
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy
@@ -96,40 +97,53 @@ class DDPO(Algorithm):
     ) -> dict[str, float]:
         """Turn rewards into advantages, then step on every minibatch."""
         batch = Trajectory.cat(list(trajectories))
-        advantages, kl_weight = self._advantages(batch)
-        num_steps, count = advantages.shape
+        rewards = processes.joined(batch.reward)
+        ours = processes.place(len(batch.context))
+        advantages, kl_weight = self._advantages(batch, rewards, ours)
+        num_steps = len(advantages)
         trained_steps = max(round(self.timestep_fraction * num_steps), 1)
         metrics: dict[str, float] = {}
         for _ in range(self.inner_epochs):
-            for samples in torch.randperm(count).chunk(self.minibatches):
+            for samples in torch.randperm(len(rewards)).chunk(self.minibatches):
                 # each picture's steps in an order of its own, and of these the first so many
                 order = torch.rand(len(samples), num_steps).argsort(1)[:, :trained_steps]
-                pairs = torch.stack([samples[:, None].expand_as(order), order], -1).view(-1, 2)
-                pairs = pairs[torch.randperm(len(pairs))].to(advantages.device)
-                for part in pairs.split(self.micro_batch_size):
+                pairs = torch.stack([samples[:, None].expand_as(order) - ours.start, order], -1)
+                own = pairs[processes.among(samples, ours)].view(-1, 2).to(advantages.device)
+                for part in batches(own, self.micro_batch_size):
                     sample, step = part.unbind(1)
                     chosen = advantages[step, sample], kl_weight[sample]
                     loss, seen = self._loss(batch, *chosen, part, policy)
-                    (loss.sum() / len(pairs)).backward()
+                    (loss.sum() / order.numel()).backward()
                     for name, value in seen.items():
-                        share = len(part) / len(pairs) / (self.inner_epochs * self.minibatches)
+                        share = len(part) / order.numel() / (self.inner_epochs * self.minibatches)
                         metrics[name] = metrics.get(name, 0.0) + share * float(value)
                 norms = self.step(policy, optimizer)
-        metrics |= {"rollout/reward_mean": float(batch.reward.mean())} | norms
         if batch.kl is not None:
-            metrics["rollout/kl"] = float(batch.kl.sum(0).mean())
-        return metrics
+            metrics["rollout/kl"] = float(batch.kl.sum()) / len(rewards)
+        return processes.summed(metrics) | {"rollout/reward_mean": float(rewards.mean())} | norms
 
-    def _advantages(self, batch: Trajectory) -> tuple[Tensor, Tensor]:
-        """Return the advantage of every decision, `[T, B]`, and the weight of its KL as a loss, `[B]`."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rewards of each group that are remembered."""
+        return self.statistics.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.statistics.load_state_dict(state)
+
+    def _advantages(self, batch: Trajectory, rewards: Tensor, ours: slice) -> tuple[Tensor, Tensor]:
+        """Return the advantage of every decision, `[T, B]`, and the weight of its KL as a loss, `[B]`.
+
+        Of the batch, which is `ours` of all processes' pictures; `rewards` are all of theirs.
+        """
         if self.per_prompt:
-            mean, std = self.statistics.update(groups_of(batch.context), batch.reward)
+            groups = processes.gathered(groups_of(batch.context))
+            mean, std = self.statistics.update(groups, rewards)
         else:
-            mean, std = batch.reward.mean(), batch.reward.std(unbiased=False)
-        rewards = standardise(batch.reward, mean, std, self.advantage_clip)
-        advantages = rewards.expand(len(batch.timesteps), -1)
+            mean, std = rewards.mean(), rewards.std(unbiased=False)
+        standardised = standardise(rewards, mean, std, self.advantage_clip)
+        advantages = standardised[ours].expand(len(batch.timesteps), -1)
         # the KL is measured in the units that the standardised rewards have; 1 where they are all alike
-        weight = self.kl / torch.where(std > SMALLEST_STD, std, 1.0).expand(len(rewards))
+        weight = self.kl / torch.where(std > SMALLEST_STD, std, 1.0).expand(len(rewards))[ours]
         if not self.kl:
             return advantages, weight
         assert batch.kl is not None
@@ -138,7 +152,8 @@ class DDPO(Algorithm):
         to_go = penalty.flip(0).cumsum(0).flip(0)
         if self.kl_form == "loss":
             to_go = to_go - penalty  # a step's own KL has its gradient in the loss
-        return advantages - weight * (to_go - to_go.mean(1, keepdim=True)), weight
+        baseline = processes.joined(to_go, 1).mean(1, keepdim=True)
+        return advantages - weight * (to_go - baseline), weight
 
     def _loss(
         self, batch: Trajectory, advantage: Tensor, kl_weight: Tensor, pairs: Tensor, policy: Policy

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from diffrl import processes
 from diffrl.algorithms.base import Algorithm, check_choice
 from diffrl.algorithms.truncation import Truncation
 from diffrl.envs.denoising import DenoisingVectorEnv
@@ -116,4 +117,4 @@ class Pathwise(Algorithm):
             (share * loss).backward()
             for name, value in (metrics | {"train/loss": loss}).items():
                 total[name] = total.get(name, 0.0) + share * float(value.detach())
-        return total | self.step(policy, optimizer)
+        return processes.summed(total) | self.step(policy, optimizer)

@@ -5,7 +5,7 @@ the sparse ones); the fit to the pretrained model's own samples, weights p(y|x, 
 arXiv:2406.12120, appendix G.2. Shapes: B pictures.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from diffrl import processes
 from diffrl.algorithms.advantages import Group, groups_of
-from diffrl.algorithms.base import Algorithm, check_choice
-from diffrl.algorithms.denoising import denoising_loss
+from diffrl.algorithms.base import Algorithm, batches, check_choice
+from diffrl.algorithms.denoising import denoising_loss, draw_noise
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy, Pretrained
@@ -72,38 +73,54 @@ class RWR(Algorithm):
     ) -> dict[str, float]:
         """Weigh the round's pictures and fit the denoiser to them."""
         batch = Trajectory.cat([trajectory.result() for trajectory in trajectories])
-        weight = self.weigh(batch)
+        reward = processes.joined(batch.reward)
+        weight = self.weigh(reward, processes.gathered(groups_of(batch.context)))
         kept = weight.nonzero()[:, 0].cpu()  # pictures of weight 0 teach nothing
         if not len(kept):
             raise DiffRLError(
                 f"algo.threshold={self.threshold}: none of {len(weight)} rewards reaches it, the best is "
-                f"{float(batch.reward.max()):.3f}. Lower it, or use algo.weights=percentile."
+                f"{float(reward.max()):.3f}. Lower it, or use algo.weights=percentile."
             )
+        ours, x_0 = processes.place(len(batch.context)), batch.latents[-1]
         total, steps, norms = 0.0, 0, {}
         for _ in range(self.epochs):
             for samples in kept[torch.randperm(len(kept))].split(self.fit_batch_size):
-                for part in samples.split(self.micro_batch_size):
-                    losses = weight[part] * self._losses(batch, part.to(weight.device), policy)
-                    loss = losses.sum() / len(samples)
+                timestep, noise = draw_noise(policy, len(samples), x_0.shape[1:])
+                for part in batches(processes.among(samples, ours), self.micro_batch_size):
+                    own = (samples[part] - ours.start).to(x_0.device)
+                    embeds, label = batch.context.prompt_embeds[own], batch.context.label[own]
+                    drawn = timestep[part], noise[part]
+                    losses = denoising_loss(
+                        policy, x_0[own], embeds, label, *drawn, guided=self.train_guidance
+                    )
+                    loss = (weight[samples[part]] * losses).sum() / len(samples)
                     loss.backward()
                     total += float(loss.detach())
                 norms = self.step(policy, optimizer)
                 steps += 1
         share = weight / weight.sum()
-        return norms | {
-            "rollout/reward_mean": float(batch.reward.mean()),
-            "train/loss": total / steps,
-            "train/effective_pictures": float(1 / share.square().sum()),
-        }
+        return (
+            norms
+            | processes.summed({"train/loss": total / steps})
+            | {
+                "rollout/reward_mean": float(reward.mean()),
+                "train/effective_pictures": float(1 / share.square().sum()),
+            }
+        )
 
-    def weigh(self, batch: Trajectory) -> Tensor:
-        """Return the weight of each picture, `[B]`: 1 on average if exponential, 0 or 1 if sparse."""
-        groups: dict[Group | None, list[int]] = {}
-        for number, group in enumerate(groups_of(batch.context)):
-            groups.setdefault(group if self.per_prompt else None, []).append(number)
-        weight = torch.zeros_like(batch.reward)
-        for members in groups.values():
-            reward = batch.reward[members]
+    def weigh(self, rewards: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Return the weight of each picture, `[B]`: 1 on average if exponential, 0 or 1 if sparse.
+
+        Args:
+            rewards: `[B]`.
+            groups: the prompt and label of each.
+        """
+        members_of: dict[Group | None, list[int]] = {}
+        for number, group in enumerate(groups):
+            members_of.setdefault(group if self.per_prompt else None, []).append(number)
+        weight = torch.zeros_like(rewards)
+        for members in members_of.values():
+            reward = rewards[members]
             if self.weights == "exponential":
                 weight[members] = len(members) * (self.gamma * reward).softmax(0)
             elif self.weights == "percentile":
@@ -111,8 +128,3 @@ class RWR(Algorithm):
             else:
                 weight[members] = (reward >= self.threshold).to(weight)
         return weight
-
-    def _losses(self, batch: Trajectory, part: Tensor, policy: Policy) -> Tensor:
-        """Return the denoising loss of these pictures, `[len(part)]`."""
-        embeds, label = batch.context.prompt_embeds[part], batch.context.label[part]
-        return denoising_loss(policy, batch.latents[-1][part], embeds, label, guided=self.train_guidance)

@@ -29,6 +29,7 @@ from diffrl.benchmarks.summary import first_of, summarise
 from diffrl.build import check
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
+from diffrl.restore import CONFIG_FILE
 
 _CELL_FILE = "cell.json"
 Record = dict[str, Any]
@@ -219,7 +220,7 @@ def _key(word: str) -> str:
 def _settings(cell: Cell, folder: Path) -> config.Config:
     """Return what a cell trains with; mistakes of settings that contradict each other show here."""
     settings = config.load(cell.words)
-    settings.root, settings.name = str(folder), cell.name
+    settings.root, settings.name, settings.resume = str(folder), cell.name, "auto"
     check(settings)
     return settings
 
@@ -231,7 +232,7 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     torch.set_num_threads(origin["threads"])
-    shutil.rmtree(folder / cell.name, ignore_errors=True)  # one that was stopped on its way
+    _drop_other(folder / cell.name, settings)
     begin = time.perf_counter()
     trained = run.train(settings)
     record = asdict(cell) | {
@@ -243,6 +244,16 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
     unfinished = trained / (_CELL_FILE + ".tmp")
     unfinished.write_text(json.dumps(record | origin))
     unfinished.rename(trained / _CELL_FILE)
+
+
+def _drop_other(folder: Path, settings: config.Config) -> None:
+    """Delete a run that was stopped on its way, unless it has these settings and can be resumed."""
+    try:
+        stored = config.facts(config.read(folder / CONFIG_FILE))
+    except DiffRLError:  # there is none, or it is of another version
+        stored = {}
+    if not config.same(stored, settings):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def points_of(trained: Path) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from diffrl import __version__
+from diffrl import __version__, processes
 from diffrl import config as settings
 from diffrl.algorithms.guidance.base import Guidance
 from diffrl.algorithms.untrained import Untrained
@@ -47,7 +47,8 @@ class Setup:
     def __init__(self, config: Config) -> None:
         check(config)
         self.config = config
-        self.device = _device(config.device)
+        self.device = processes.join(_device(config.device))
+        console.quiet = not processes.is_first()
         self.prompts = load_prompts(config.prompts)
         self.eval_prompts = load_prompts(config.eval_prompts or config.prompts)
         self.backbone: Backbone = config.env.load().to(self.device)
@@ -91,10 +92,14 @@ class Setup:
         """Gamma of the law that is aimed at: the guidance's, else the algorithm's, else 1."""
         return self.config.guidance.target_gamma or self.config.algo.target_gamma or 1.0
 
-    def generator(self, *stream: int) -> torch.Generator:
-        """Return a generator of its own for each purpose: seeded by the run's seed and `stream`."""
+    def seed(self, *stream: int) -> int:
+        """Return a seed for each purpose, from the run's seed and `stream`."""
         state = np.random.SeedSequence([self.config.seed, *stream]).generate_state(1, np.uint64)
-        return torch.Generator(self.device).manual_seed(int(state[0] >> 1))
+        return int(state[0] >> 1)
+
+    def generator(self, *stream: int) -> torch.Generator:
+        """Return a generator of its own for each purpose."""
+        return torch.Generator(self.device).manual_seed(self.seed(*stream))
 
     def num_classes(self) -> tuple[int, ...]:
         """Return the number of classes of each attribute of the label, before any fit."""

@@ -1,77 +1,158 @@
-"""What a run has learnt, on disk: the adapters and the control. Never pickle.
+"""Checkpoints that survive: each a folder that is whole or not there, proven by a manifest.
 
-`pytorch_lora_weights.safetensors` is read by stock `pipe.load_lora_weights(folder)`;
-`control.safetensors` holds the label embedding, which no stock pipeline knows.
+Order of a save: every file is written under a temporary name and synced; the manifest, with the size and
+SHA-256 of each, comes last; then the folder gets its name, and its parent is synced. Only then are older
+ones deleted. What is latest follows from the manifests: there is no link to be wrong. safetensors and JSON
+only, so that reading one executes nothing.
 """
 
+import hashlib
 import json
 import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from diffusers import StableDiffusionPipeline
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from diffrl.errors import DiffRLError
-from diffrl.policy import Policy
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-CONTROL_FILE = "control.safetensors"
-
-
-def save(policy: Policy, folder: Path) -> None:
-    """Write both files, each whole or not at all."""
-    lora = get_peft_model_state_dict(policy.unet)
-    lora = {name: tensor.detach().cpu().contiguous() for name, tensor in lora.items()}
-    draft = folder / "lora.tmp"
-    StableDiffusionPipeline.save_lora_weights(draft, unet_lora_layers=lora)
-    os.replace(draft / LORA_FILE, folder / LORA_FILE)
-    draft.rmdir()
-    control = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in policy.label_embedding.state_dict().items()
-    }
-    counts = policy.label_embedding.num_classes
-    control_draft = folder / (CONTROL_FILE + ".tmp")
-    save_file(control, control_draft, metadata={"num_classes": json.dumps(counts)})
-    os.replace(control_draft, folder / CONTROL_FILE)
+MANIFEST = "manifest.json"
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_DRAFT = ".tmp-"
 
 
-def load(policy: Policy, folder: Path) -> None:
-    """Put the weights that `save` wrote into `policy`.
+class DamagedError(DiffRLError):
+    """A checkpoint whose files are not those that its manifest tells of."""
+
+
+def write(
+    parent: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 1
+) -> Path:
+    """Write a checkpoint of these tensors and facts, delete all but the last `keep`, and return its folder.
+
+    Args:
+        parent: holds the checkpoints of one run, and is made if it is not there.
+        step: counts updates; one that is there already and whole is left: the same step is the same state.
+        tensors: by name.
+        state: in JSON's types.
+        keep: 1 or more.
 
     Raises:
-        DiffRLError: a file missing or cut short, or weights of another shape or place.
+        DiffRLError: it cannot be written; those before it are as they were.
     """
-    path = folder / LORA_FILE
-    lora = {name.removeprefix("unet."): tensor for name, tensor in _read(path).items()}
-    expected = get_peft_model_state_dict(policy.unet)
-    _check(path, lora, expected)
-    set_peft_model_state_dict(policy.unet, lora)
-    path = folder / CONTROL_FILE
-    control = _read(path)
-    _check(path, control, policy.label_embedding.state_dict())
-    policy.label_embedding.load_state_dict(control)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise DiffRLError(f"{path}: missing. Is {path.parent} a run that has saved its weights?")
+    folder = parent / f"step-{step:06d}"
+    if folder.exists():
+        try:
+            _verified(folder)
+            return folder
+        except DamagedError:
+            shutil.rmtree(folder, ignore_errors=True)
+    draft = parent / f"{folder.name}{_DRAFT}{uuid.uuid4().hex}"
+    contents = {
+        _TENSORS: save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}),
+        _STATE: json.dumps(state).encode(),
+    }
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DiffRLError(f"{path}: damaged or cut short ({error}). Train again.") from error
+        draft.mkdir(parents=True)
+        for name, content in contents.items():
+            _write(draft / name, content)
+        _write(draft / MANIFEST, _manifest(step, contents))
+        _sync(draft)
+        os.rename(draft, folder)
+        _sync(parent)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise DiffRLError(
+            f"{folder}: the checkpoint cannot be written ({error.strerror or error}). Those before it are "
+            "intact; make room, then go on with --resume."
+        ) from error
+    for old in [*_steps(parent)[:-keep], *parent.glob(f"*{_DRAFT}*")]:  # drafts: of saves that were killed
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
 
 
-def _check(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name in expected.keys() - found.keys():
-        raise DiffRLError(f"{path}: has no {name!r}. Was it written with the same policy.targets?")
-    for name, tensor in found.items():
-        if name not in expected or tensor.shape != expected[name].shape:
-            want = list(expected[name].shape) if name in expected else "nothing of that name"
-            raise DiffRLError(
-                f"{path}: {name!r} has shape {list(tensor.shape)}, the policy has {want}. "
-                "Was it written with the same env.model and policy.rank?"
-            )
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the facts of a checkpoint.
+
+    Raises:
+        DamagedError: a file is missing, or has another size or content than when it was written.
+    """
+    contents = _verified(folder)
+    try:
+        return load(contents[_TENSORS]), json.loads(contents[_STATE])
+    except (KeyError, SafetensorError, ValueError) as error:
+        raise DamagedError(f"{folder}: not a checkpoint of this version ({error}).") from error
+
+
+def newest_first(parent: Path) -> Iterator[Path]:
+    """Yield the checkpoints of a run, the latest first; whether they are whole shows when they are read."""
+    yield from reversed(_steps(parent))
+
+
+def step_of(folder: Path) -> int:
+    """Return the number of updates that a checkpoint was taken after."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _steps(parent: Path) -> list[Path]:
+    found = parent.iterdir() if parent.is_dir() else ()
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def _manifest(step: int, contents: Mapping[str, bytes]) -> bytes:
+    files = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+    facts = json.dumps({"step": step, "files": files}, indent=1)
+    return f"{hashlib.sha256(facts.encode()).hexdigest()}\n{facts}\n".encode()
+
+
+def _verified(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file that the manifest names."""
+    path = folder / MANIFEST
+    try:
+        digest, facts = path.read_bytes().split(b"\n", 1)
+        if digest != hashlib.sha256(facts.removesuffix(b"\n")).hexdigest().encode() or facts[-1:] != b"\n":
+            raise DamagedError(f"{path}: damaged, its own hash is another.")
+        manifest = json.loads(facts)
+        contents = {}
+        for name, known in manifest["files"].items():
+            content = (folder / name).read_bytes()
+            if len(content) != known["bytes"]:
+                size = f"{len(content)} bytes, {known['bytes']} were written"
+                raise DamagedError(f"{folder / name}: {size}.")
+            if hashlib.sha256(content).hexdigest() != known["sha256"]:
+                raise DamagedError(f"{folder / name}: damaged, its SHA-256 is another.")
+            contents[name] = content
+        return contents
+    except OSError as error:
+        raise DamagedError(f"{error.filename or path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError) as error:
+        raise DamagedError(f"{path}: not a manifest ({error}).") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        while content:
+            content = content[os.write(handle, content) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

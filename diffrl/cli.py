@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train a policy; writes runs/NAME")
     train.add_argument("words", nargs="*", metavar="key=value", help="settings; see 'diffrl list'")
     every = "train every combination of settings given with commas, through hydra/launcher=..."
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
     train.add_argument("-m", "--multirun", action="store_true", help=every)
     fit = add("fit", _fit, "fit and calibrate a learned reward alone")
     fit.add_argument("words", nargs="*", metavar="key=value", help="settings, such as dataset=FOLDER")
@@ -119,7 +120,11 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     from diffrl import config, run
 
-    if options.multirun:
+    if options.resume is not None:
+        if options.words or options.multirun:
+            raise DiffRLError(f"--resume {options.resume}: its settings are its own; give nothing besides.")
+        run.resume(options.resume)
+    elif options.multirun:
         config.sweep(options.words, run.train)
     else:
         run.train(config.load(options.words))
@@ -129,8 +134,8 @@ def _fit(options: argparse.Namespace) -> None:
     from diffrl import config
     from diffrl.build import Setup, is_learned
     from diffrl.log import console
+    from diffrl.restore import describe
     from diffrl.rewards.log_likelihood import LogLikelihood
-    from diffrl.run import describe
 
     settings = config.load(options.words)
     if not is_learned(settings.reward):
@@ -213,16 +218,16 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from diffrl import run
     from diffrl.evaluate_mixture import table
     from diffrl.log import console
+    from diffrl.restore import measure
     from diffrl.rewards.closed_form import ClosedForm
     from diffrl.tables import show
 
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
     setup, policy, reward = _model(options)
-    measures = run.measure(setup, policy, reward, options.n, options.seed)
+    measures = measure(setup, policy, reward, options.n, options.seed)
     if options.json:
         print(json.dumps(measures))
     elif isinstance(reward, ClosedForm):
@@ -262,13 +267,14 @@ def _run_folder(words: list[str]) -> Path | None:
 
 def _model(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Return setup, policy and reward of a run, or of the pretrained model with these settings."""
-    from diffrl import config, run
+    from diffrl import config
+    from diffrl.restore import pretrained, restore
 
     folder, words = _run_folder(options.words), options.words
     prompts = getattr(options, "prompts", None)
     if folder is None:
         words = ["algo=none", *words, *([f"eval_prompts={prompts}"] if prompts else [])]
-        setup, policy, reward = run.pretrained(config.load(words))
+        setup, policy, reward = pretrained(config.load(words))
     else:
         overrides: dict[str, Any] = {"eval_prompts": prompts} if prompts else {}
         if guided := words[1:]:
@@ -279,7 +285,7 @@ def _model(options: argparse.Namespace) -> tuple[Any, Any, Any]:
                     )
             asked = config.load(guided)
             overrides |= {"guidance": asked.guidance, "clip": asked.clip, "eval_batch": asked.eval_batch}
-        setup, policy, reward = run.restore(folder, overrides)
+        setup, policy, reward = restore(folder, overrides)
     policy.control_scale = options.control_scale
     return setup, policy, reward
 

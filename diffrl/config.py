@@ -7,7 +7,7 @@ each. Presets are YAML in `diffrl/conf/`.
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,9 @@ class Config:
     dataset: str | None = None  # folder of pictures to fit the reward on; null: drawn from the model
     clip: str | None = None  # folder of a CLIP model, for CLIPScore
     seed: int = 0
+    resume: str = "never"  # or auto: go on with the run of this name, if it is there
+    checkpoint_every: int = 50  # updates between two checkpoints, from which a run can be resumed
+    keep_last: int = 2  # checkpoints of a run that are kept
     name: str = ""  # of the run's folder; empty: from algo, env, reward and seed
     root: str = "runs"  # where runs are kept
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -210,8 +213,10 @@ def _stored(config: Config) -> dict[str, Any]:
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """Return every setting but the run's name and place; of a checkpoint, a hash of its content."""
-    found = _stored(replace(config, name="", root=""))
+    """Return all that decides a run's numbers: the settings, of a model the hash of its content."""
+    found = _stored(config)
+    for name in ("name", "root", "resume", "checkpoint_every", "keep_last"):
+        del found[name]
     if "model" in found["env"]:
         found["env"]["model"] = fingerprint(found["env"]["model"])
     return found

@@ -1,6 +1,7 @@
 """Where a run's numbers and pictures go: `metrics.jsonl`, TensorBoard, the terminal."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from typing_extensions import Self
 
+from diffrl import processes
 from diffrl.types import to_pixels
 
 console = Console(highlight=False)
@@ -37,12 +39,21 @@ def print_wide(table: Table) -> None:
 
 
 class RunLog:
-    """Writes one line of JSON an update, the same numbers as TensorBoard events, and pictures."""
+    """Writes one line of JSON an update, the same numbers as TensorBoard events, and pictures.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"))
+    Args:
+        folder: of the run.
+        size: bytes of `metrics.jsonl` that stay; what a resumed run had written after its checkpoint goes.
+        update: of that checkpoint.
+    """
+
+    def __init__(self, folder: Path, size: int = 0, update: int = 0) -> None:
+        self.folder, self._writes = folder, processes.is_first()
+        if not self._writes:  # of several processes, one does
+            return
+        self._metrics = (folder / "metrics.jsonl").open("ab")
+        self._metrics.truncate(size)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1 if size else None)
 
     def __enter__(self) -> Self:
         return self
@@ -53,16 +64,23 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._metrics.close()
-        self._events.close()
+        if self._writes:
+            self._metrics.close()
+            self._events.close()
 
     def write(self, update: int, metrics: dict[str, Any]) -> None:
         """Record the metrics after an update; lists go to `metrics.jsonl` only."""
-        self._metrics.write(json.dumps({"update": update} | metrics) + "\n")
+        if not self._writes:
+            return
+        self._metrics.write((json.dumps({"update": update} | metrics) + "\n").encode())
         self._metrics.flush()
         for name, value in metrics.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(name, value, update)
+
+    def size(self) -> int:
+        """Return how many bytes `metrics.jsonl` has."""
+        return os.fstat(self._metrics.fileno()).st_size if self._writes else 0
 
     def picture(self, update: int, name: str, picture: Image.Image) -> Path:
         """Save a picture as `pictures/<name>-<update>.png` and as a TensorBoard image."""

@@ -1,206 +1,305 @@
 """The only training loop, and the folder it writes.
 
 `runs/<name>/`: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `pictures/`, `classifier.safetensors`,
-`pytorch_lora_weights.safetensors`, `control.safetensors`.
+`checkpoints/`, and of the last evaluation `pytorch_lora_weights.safetensors` and `control.safetensors`.
+
+A run that is stopped anywhere and resumed writes the same numbers as one that never was, to the bit: what
+is drawn in an update comes from the seed and the update's number alone, and a checkpoint holds the rest.
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from diffrl import checkpoint
+from diffrl import __version__, checkpoint, processes, weights
 from diffrl import config as settings
 from diffrl.algorithms.averaging import WeightAverage
-from diffrl.build import Setup, is_learned
+from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
-from diffrl.evaluate import evaluate, load_judge, picture_grid
+from diffrl.evaluate import picture_grid
 from diffrl.evaluate_mixture import MixtureEvaluation
 from diffrl.log import RunLog, console, progress
 from diffrl.policy import Policy
+from diffrl.restore import (
+    CLASSIFIER_FILE,
+    CONFIG_FILE,
+    describe,
+    fit_metrics,
+    measure,
+    pretrained,
+    untrained,
+)
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.stop import StopSignals
 from diffrl.types import EVALUATION_SEED, Reward, Trajectory
 
-CONFIG_FILE = "config.yaml"
-CLASSIFIER_FILE = "classifier.safetensors"
+_CHECKPOINTS = "checkpoints"
 _GRID_COLUMNS = 8
+_ACTIONS, _EPISODES, _SHUFFLES = 2, 5, 6  # streams of random numbers
+_MOST_SKIPPED = 5  # updates in a row without a finite gradient
 
 
 def train(config: Config) -> Path:
-    """Fit the reward if it is a learned one, train the policy, and return the run's folder."""
+    """Fit the reward if it is a learned one, train the policy, and return the run's folder.
+
+    With `resume=auto` a run of these settings that is there already goes on from its last checkpoint.
+
+    Raises:
+        DiffRLError: a run of that name is there and shall not, or cannot, be resumed.
+        KeyboardInterrupt: SIGINT came; the state so far is in a checkpoint.
+    """
     begin = time.perf_counter()
     folder = _folder(config)
+    if folder.exists():
+        if not settings.same(settings.facts(settings.read(folder / CONFIG_FILE)), config):
+            raise DiffRLError(
+                f"{folder}: a run of other settings, so resume=auto cannot go on with it. Give another "
+                f"name=..., or 'diffrl train --resume {folder}' for it as it is."
+            )
+        return _resume(folder, config, begin)
     setup, policy, reward = pretrained(config)
-    folder.mkdir(parents=True)
-    settings.write(config, folder / CONFIG_FILE)
-    if isinstance(reward, LogLikelihood):
-        reward.save(folder / CLASSIFIER_FILE)
-        console.print(describe(reward))
-    torch.manual_seed(config.seed)
-    with RunLog(folder) as log:
-        log.write(0, {"time/setup_seconds": time.perf_counter() - begin} | _report(reward))
+    run = Run(setup, policy, reward, folder)
+    processes.wait()  # until all have seen that it is not there
+    if processes.is_first():
+        # under another name until it has a checkpoint: a run that is there can be resumed
+        draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        draft.mkdir(parents=True)
+        settings.write(config, draft / CONFIG_FILE)
+        if isinstance(reward, LogLikelihood):
+            reward.save(draft / CLASSIFIER_FILE)
+            console.print(describe(reward))
+        run.save(draft / _CHECKPOINTS)
+        draft.rename(folder)
+    processes.wait()
+    return _finish(run, begin, {"time/setup_seconds": time.perf_counter() - begin} | fit_metrics(reward))
+
+
+def resume(folder: Path) -> Path:
+    """Go on with a run from its last checkpoint that is whole, and return its folder."""
+    if not folder.is_dir():
+        raise DiffRLError(f"{folder}: no such run. 'ls runs' shows those in the default place.")
+    config = settings.read(folder / CONFIG_FILE)
+    config.root, config.name = str(folder.parent), folder.name  # it may have moved
+    return _resume(folder, config, time.perf_counter())
+
+
+def _resume(folder: Path, config: Config, begin: float) -> Path:
+    run = Run(*untrained(folder, config), folder)
+    run.load(folder / _CHECKPOINTS)
+    if run.update == config.algo.updates:
+        console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
+        return folder
+    console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
+    return _finish(run, begin, {})
+
+
+def _finish(run: "Run", begin: float, known: dict[str, Any]) -> Path:
+    with StopSignals() as stop, RunLog(run.folder, run.log_size, run.update) as log:
+        if known:
+            log.write(0, known)
         try:
-            Run(setup, policy, reward, log).loop()
+            run.loop(log, stop)
         finally:  # a reward that breaks down must not cost what was learnt before it
-            checkpoint.save(policy, folder)
+            if processes.is_first():
+                weights.save(run.policy, run.folder)
     minutes = (time.perf_counter() - begin) / 60
-    console.print(f"[bold]{folder}[/]: done in {minutes:.1f} minutes. Next: diffrl eval {folder}")
-    return folder
+    if run.update < run.config.algo.updates:
+        done = f"stopped after update {run.update}. Go on with: diffrl train --resume {run.folder}"
+    else:
+        done = f"done in {minutes:.1f} minutes. Next: diffrl eval {run.folder}"
+    console.print(f"[bold]{run.folder}[/]: {done}")
+    stop.reraise()
+    return run.folder
 
 
 class Run:
-    """One policy in one env with one algorithm, for `algo.updates` updates."""
+    """One policy in one env with one algorithm, for `algo.updates` updates.
 
-    def __init__(self, setup: Setup, policy: Policy, reward: Reward, log: RunLog) -> None:
-        self.config, self.setup, self.policy, self.reward, self.log = (
-            setup.config, setup, policy, reward, log,
+    Args:
+        setup: the model and the settings.
+        policy: is trained.
+        reward: scores its pictures.
+        folder: of the run.
+    """
+
+    def __init__(self, setup: Setup, policy: Policy, reward: Reward, folder: Path) -> None:
+        self.config, self.setup, self.policy, self.reward, self.folder = (
+            setup.config, setup, policy, reward, folder,
         )  # fmt: skip
-        self.env = setup.make_env(reward, self.config.algo.micro_batch_size)
-        self.env.reset(seed=self.config.seed)
-        self.generator = setup.generator(2)
+        algo = self.config.algo
+        micro_batches = algo.batch_size // algo.micro_batch_size
+        if micro_batches < processes.count():
+            raise DiffRLError(
+                f"algo.batch_size={algo.batch_size} algo.micro_batch_size={algo.micro_batch_size}: "
+                f"{micro_batches} micro-batches for {processes.count()} processes; each needs one at least."
+            )
+        self.micro_batches = processes.part(micro_batches)
+        self.env = setup.make_env(reward, algo.micro_batch_size)
+        self.optimizer = algo.make_optimizer(policy)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.parameters = policy.lora_parameters() + policy.embedding_parameters()
+        self.average = WeightAverage(self.parameters)
         self.mixture = MixtureEvaluation(setup, policy, reward) if isinstance(reward, ClosedForm) else None
+        self.update = 0  # so many are done
+        self.skipped = 0  # of the last ones, in a row
+        self.log_size = 0  # bytes of `metrics.jsonl` at the last checkpoint
         # on training so far: pictures drawn, forward passes (backward ones aside) and seconds
         self.spent = {"spent/pictures": 0.0, "spent/network_calls": 0.0, "spent/seconds": 0.0}
 
-    def loop(self) -> None:
-        """Train, evaluating every `eval_every` updates and at the end."""
-        algo = self.config.algo
-        optimizer = algo.make_optimizer(self.policy)
-        base = [group["lr"] for group in optimizer.param_groups]
-        average = WeightAverage(self.policy.lora_parameters() + self.policy.embedding_parameters())
-        if algo.updates:
-            self._evaluate(0, self.config.eval_pictures)
+    def loop(self, log: RunLog, stop: StopSignals) -> None:
+        """Train, evaluating every `eval_every` updates and at the end, until that or a signal to stop."""
+        algo, every = self.config.algo, self.config.checkpoint_every
+        if algo.updates and not self.update:
+            self._evaluate(log, self.config.eval_pictures)
         with progress(settings.chosen(self.config, "algo"), algo.updates) as bar:
-            for update in range(algo.updates):
-                for group, rate in zip(optimizer.param_groups, base, strict=True):
-                    group["lr"] = rate * algo.rate(update)
-                begin, calls = time.perf_counter(), self.policy.num_calls
-                hits: list[torch.Tensor] = []
-                metrics = algo.update(self._collect(hits), self.policy, optimizer)
-                if algo.averaged(update):
-                    average.add()
-                if hits:
-                    metrics["rollout/accuracy"] = float(torch.cat(hits).float().mean())
-                seconds, calls = time.perf_counter() - begin, self.policy.num_calls - calls
-                self.spent["spent/pictures"] += algo.batch_size
-                self.spent["spent/network_calls"] += calls
-                self.spent["spent/seconds"] += seconds
-                metrics |= {
-                    "time/seconds_per_image": seconds / algo.batch_size,
-                    "time/calls_per_image": calls / algo.batch_size,
-                    "train/learning_rate": base[0] * algo.rate(update),
-                }
-                self.log.write(update + 1, metrics | self.spent)
+            bar.advance(self.update)
+            while self.update < algo.updates:
+                metrics = self._train_once()
+                log.write(self.update, metrics | self.spent)
                 bar.advance(note=_note(metrics))
-                if (update + 1) % self.config.eval_every == 0 and update + 1 < algo.updates:
-                    self._evaluate(update + 1, self.config.eval_pictures)
-        average.apply()
-        self._evaluate(algo.updates, 4 * self.config.eval_pictures)
+                if self.update == algo.updates:
+                    break
+                if self.update % self.config.eval_every == 0:
+                    self._evaluate(log, self.config.eval_pictures)
+                stopped = any(processes.gathered([stop.asked]))
+                if stopped or self.update % every == 0:
+                    self.log_size = log.size()
+                    self.save(self.folder / _CHECKPOINTS)
+                if stopped:
+                    return
+        self.average.apply()
+        self._evaluate(log, 4 * self.config.eval_pictures)
+        self.log_size = log.size()
+        self.save(self.folder / _CHECKPOINTS)
 
-    def _collect(self, hits: list[torch.Tensor]) -> Iterator[Trajectory]:
-        """Yield an update's micro-batches one by one, noting which pictures hit their class."""
-        algo = self.config.algo
-        for _ in range(algo.batch_size // algo.micro_batch_size):
-            trajectory = algo.collect(self.env, self.policy, self.generator)
+    def _train_once(self) -> dict[str, float]:
+        """Take the next update and return its metrics."""
+        algo, rate = self.config.algo, self.config.algo.rate(self.update)
+        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = base * rate
+        torch.manual_seed(self.setup.seed(_SHUFFLES, self.update))  # the same in every process
+        begin, calls = time.perf_counter(), self.policy.num_calls
+        hits: list[Tensor] = []
+        metrics = algo.update(self._collect(hits), self.policy, self.optimizer)
+        if hits:
+            metrics["rollout/accuracy"] = float(processes.joined(torch.cat(hits)).float().mean())
+        calls = int(processes.summed({"": self.policy.num_calls - calls})[""])
+        seconds = time.perf_counter() - begin
+        if algo.averaged(self.update):
+            self.average.add()
+        self.update += 1
+        self.skipped = self.skipped + 1 if metrics.get("train/skipped_steps") else 0
+        if self.skipped == _MOST_SKIPPED:
+            raise DiffRLError(
+                f"update {self.update}: no finite gradient for {_MOST_SKIPPED} updates in a row; none was "
+                "taken. Lower algo.learning_rate, or look at the reward's gradient ('diffrl doctor')."
+            )
+        self.spent["spent/pictures"] += algo.batch_size
+        self.spent["spent/network_calls"] += calls
+        self.spent["spent/seconds"] += seconds
+        return metrics | {
+            "time/seconds_per_image": seconds / algo.batch_size,
+            "time/calls_per_image": calls / algo.batch_size,
+            "train/learning_rate": self.rates[0] * rate,
+        }
+
+    def _collect(self, hits: list[Tensor]) -> Iterator[Trajectory]:
+        """Yield our micro-batches of an update one by one, noting which pictures hit their class."""
+        for number in self.micro_batches:
+            self.env.reset(seed=self.setup.seed(_EPISODES, self.update, number))
+            generator = self.setup.generator(_ACTIONS, self.update, number)
+            trajectory = self.config.algo.collect(self.env, self.policy, generator)
             if isinstance(self.reward, LogLikelihood):
                 label = trajectory.context.label.cpu()
                 hits.append((self.reward.true_class(trajectory.images) == label).all(1))
             yield trajectory
 
-    def _evaluate(self, update: int, num_pictures: int) -> None:
-        checkpoint.save(self.policy, self.log.folder)  # a killed run keeps what is measured here
-        if self.mixture is not None:
-            self.log.write(update, self.mixture.report(update, self.log) | self.spent)
+    def save(self, parent: Path) -> None:
+        """Write a checkpoint of everything that decides the next number."""
+        if not processes.is_first():
             return
-        seed = EVALUATION_SEED + self.config.seed  # over seeds, an untrained row varies too
+        tensors: dict[str, Tensor] = {f"policy.{n}": p for n, p in enumerate(self.parameters)}
+        tensors |= {f"average.{n}": mean for n, mean in enumerate(self.average.means)}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+        state = {
+            "update": self.update,
+            "averaged": self.average.count,
+            "skipped": self.skipped,
+            "log_size": self.log_size,
+            "spent": self.spent,
+            "algorithm": self.config.algo.state_dict(),
+            "versions": {"diffrl": __version__, "torch": torch.__version__},
+        }
+        checkpoint.write(parent, self.update, tensors, state, keep=self.config.keep_last)
+
+    def load(self, parent: Path) -> None:
+        """Take up the last checkpoint that is whole; say which ones are not."""
+        for folder in checkpoint.newest_first(parent):
+            try:
+                tensors, state = checkpoint.read(folder)
+            except checkpoint.DamagedError as error:
+                console.print(f"[bold]{error}[/] The one before it is tried.")
+            else:
+                return self._take_up(folder, tensors, state)
+        raise DiffRLError(f"{parent}: no whole checkpoint in it; train again under another name.")
+
+    def _take_up(self, folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        for number, parameter in enumerate(self.parameters):
+            found, own = tensors.get(f"policy.{number}", torch.empty(0)).shape, parameter.shape
+            if found != own or f"policy.{len(self.parameters)}" in tensors:
+                raise DiffRLError(
+                    f"{folder}: trained tensor {number} has shape {list(found)}, the policy's {list(own)}; "
+                    f"it has {len(self.parameters)} in all. Was {CONFIG_FILE} changed by hand?"
+                )
+        moments: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                kind, index, *moment = name.split(".")
+                if kind == "optimizer":
+                    moments.setdefault(int(index), {})[moment[0]] = tensor
+                else:
+                    kept: Sequence[Tensor] = self.parameters if kind == "policy" else self.average.means
+                    kept[int(index)].copy_(tensor)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.config.algo.load_state_dict(state["algorithm"])
+        self.average.count, self.skipped = state["averaged"], state["skipped"]
+        self.update, self.log_size, self.spent = state["update"], state["log_size"], state["spent"]
+
+    def _evaluate(self, log: RunLog, num_pictures: int) -> None:
+        if processes.is_first():
+            weights.save(self.policy, self.folder)  # a killed run keeps what is measured here
+            self._measure(log, num_pictures)
+        processes.wait()
+
+    def _measure(self, log: RunLog, num_pictures: int) -> None:
+        update, config = self.update, self.config
+        if self.mixture is not None:
+            log.write(update, self.mixture.report(update, log) | self.spent)
+            return
+        seed = EVALUATION_SEED + config.seed  # over seeds, an untrained row varies too
         measures = measure(self.setup, self.policy, self.reward, num_pictures, seed)
-        for scale in self.config.eval_scales if update == self.config.algo.updates else ():
+        for scale in config.eval_scales if update == config.algo.updates else ():
             self.policy.control_scale = scale
             scaled = measure(self.setup, self.policy, self.reward, num_pictures, seed)
             self.policy.control_scale = 1.0
             measures |= {f"scale_{scale:g}/{name}": value for name, value in scaled.items()}
-        self.log.write(update, {f"eval/{name}": value for name, value in measures.items()} | self.spent)
+        log.write(update, {f"eval/{name}": value for name, value in measures.items()} | self.spent)
         actor = self.setup.make_guided(self.policy, self.reward, _GRID_COLUMNS)
         picture = picture_grid(actor, self.setup.eval_prompts[:_GRID_COLUMNS])
-        path = self.log.picture(update, "grid", picture)
+        path = log.picture(update, "grid", picture)
         said = [f"reward {measures['reward_mean']:.3f}"]
         said += [f"accuracy {measures['accuracy']:.2f}"] if "accuracy" in measures else []
         said += [] if measures["kl_nats"] is None else [f"KL {measures['kl_nats']:.1f} nats"]
         console.print(f"update {update}: {', '.join(said)}, {path}")
-
-
-def measure(
-    setup: Setup, policy: Policy, reward: Reward, num_pictures: int, seed: int = EVALUATION_SEED
-) -> dict[str, Any]:
-    """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
-    if isinstance(reward, ClosedForm):
-        return MixtureEvaluation(setup, policy, reward).measure(seed)
-    actor = setup.make_guided(policy, reward, num_pictures)
-    gamma = setup.target_gamma
-    judge = load_judge(setup.config.env.model)
-    if judge is not None:
-        judge.to(setup.device)
-    clip = setup.config.clip
-    return evaluate(actor, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge, clip=clip)
-
-
-def pretrained(config: Config) -> tuple[Setup, Policy, Reward]:
-    """Return the model of these settings with nothing learnt yet, and its reward, fitted if it must be."""
-    setup = Setup(config)
-    policy = setup.make_policy(setup.num_classes())
-    return setup, policy, setup.make_reward(policy)
-
-
-def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Reward]:
-    """Return a finished run's model, its trained policy and its reward.
-
-    Args:
-        path: the run's folder.
-        overrides: settings of `Config` to replace, such as the prompts.
-    """
-    if not path.is_dir():
-        raise DiffRLError(f"{path}: no such run. 'ls runs' shows those in the default place.")
-    config = settings.read(path / CONFIG_FILE)
-    for name, value in overrides.items():
-        setattr(config, name, value)
-    setup = Setup(config)
-    if is_learned(config.reward):
-        reward: Reward = LogLikelihood.load(path / CLASSIFIER_FILE).to(setup.device)
-    else:
-        reward = config.reward
-    policy = setup.make_policy(reward.num_classes)
-    checkpoint.load(policy, path)
-    return setup, policy, reward
-
-
-def describe(reward: LogLikelihood) -> str:
-    """Return the fit's report, a line or two each attribute."""
-    lines = []
-    for attribute in reward.attributes:
-        report, measure = attribute.report, attribute.measure
-        edges = ", ".join(f"{edge:.2f}" for edge in attribute.edges.tolist())
-        lines.append(
-            f"classifier of {measure.title}: accuracy {report.accuracy:.3f}, NLL {report.nll_before:.3f} "
-            f"-> {report.nll:.3f} at temperature {report.temperature:.2f}, ECE {report.ece:.3f} on "
-            f"{report.num_held_out} held-out pictures; edges {f'{edges} {measure.unit}'.rstrip()}, "
-            f"{list(report.class_counts)} pictures a class"
-        )
-    return "\n".join(lines)
-
-
-def _report(reward: Any) -> dict[str, Any]:
-    if not isinstance(reward, LogLikelihood):
-        return {}
-    return {
-        f"classifier/{attribute.name}/{name}": value
-        for attribute in reward.attributes
-        for name, value in asdict(attribute.report).items()
-    }
 
 
 def _note(metrics: dict[str, float]) -> str:
@@ -212,6 +311,9 @@ def _note(metrics: dict[str, float]) -> str:
 def _folder(config: Config) -> Path:
     parts = [settings.chosen(config, group) for group in ("algo", "env", "reward")]
     folder = Path(config.root) / (config.name or "-".join([*parts, f"seed{config.seed}"]))
-    if folder.exists():
-        raise DiffRLError(f"{folder}: the run directory exists. Give another with name=..., or delete it.")
+    if folder.exists() and config.resume != "auto":
+        raise DiffRLError(
+            f"{folder}: the run directory exists. Go on with it by resume=auto, give another with "
+            "name=..., or delete it."
+        )
     return folder

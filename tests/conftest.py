@@ -4,6 +4,7 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
 os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TERM="dumb")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other work, threads that spin cost minutes
 
 from pathlib import Path
 

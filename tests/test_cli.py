@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from diffrl.algorithms.ctrl import CTRL
 from diffrl.algorithms.guidance.smc import SMC
-from diffrl.checkpoint import CONTROL_FILE, LORA_FILE
 from diffrl.cli import main
 from diffrl.config import read
-from diffrl.run import restore
+from diffrl.restore import restore
+from diffrl.weights import CONTROL_FILE, LORA_FILE
 
 FAST = [
     "env.num_steps=2",
@@ -84,6 +84,7 @@ class TestTrain:
             "metrics.jsonl",
             "tensorboard",
             "pictures",
+            "checkpoints",
             "classifier.safetensors",
             "pytorch_lora_weights.safetensors",
             "control.safetensors",

@@ -7,7 +7,7 @@ from conftest import assert_close
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from diffrl import checkpoint
+from diffrl import weights
 from diffrl.backbones.stable_diffusion import StableDiffusion
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.envs.emoji import ASSET
@@ -38,7 +38,7 @@ def our_deterministic_pictures(path, prompts, latents, guidance_scale, num_steps
         lora=LoRA(targets=targets) if targets else None,
     )
     if lora is not None:
-        checkpoint.load(policy, lora)
+        weights.load(policy, lora)
     env = DenoisingVectorEnv(backbone, schedule, Jpeg(), prompts, num_envs=len(prompts))
     options = {"latents": latents, "prompts": prompts}
     return rollout(env, policy, torch.Generator(), options=options).images
@@ -110,7 +110,7 @@ class TestCheckpoint:
         policy = self.trained(tiny_path, lora=LoRA(targets=targets))
         with torch.no_grad():  # the label embedding is not LoRA: leave it out of the comparison
             policy.label_embedding.tables[0].weight.zero_()
-        checkpoint.save(policy, tmp_path)
+        weights.save(policy, tmp_path)
         prompts = ["cat", "bee"]
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         pipeline = stock_pipeline(tiny_path)
@@ -126,13 +126,13 @@ class TestCheckpoint:
         from test_policy import make_policy
 
         policy = self.trained(tiny_path)
-        checkpoint.save(policy, tmp_path)
+        weights.save(policy, tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "control.safetensors",
             "pytorch_lora_weights.safetensors",
         ]
         other = make_policy(StableDiffusion.load(str(tiny_path)))
-        checkpoint.load(other, tmp_path)
+        weights.load(other, tmp_path)
         for (name, a), (_, b) in zip(policy.named_parameters(), other.named_parameters(), strict=True):
             assert torch.equal(a, b), name
 
@@ -141,7 +141,7 @@ class TestCheckpoint:
 
         from diffrl.policy import LoRA
 
-        checkpoint.save(self.trained(tiny_path), tmp_path)
+        weights.save(self.trained(tiny_path), tmp_path)
         backbone = StableDiffusion.load(str(tiny_path))
         schedule = DDIMSchedule(backbone.scheduler, 4, 1.0)
         null = backbone.encode_prompts([""])
@@ -149,10 +149,10 @@ class TestCheckpoint:
             backbone.unet, schedule, null, guidance_scale=1.0, num_classes=(3,), lora=LoRA(rank=2)
         )
         with pytest.raises(DiffRLError, match=r"policy\.rank"):
-            checkpoint.load(rank2, tmp_path)
+            weights.load(rank2, tmp_path)
         more = make_policy(StableDiffusion.load(str(tiny_path)), num_classes=(5,))
         with pytest.raises(DiffRLError, match=r"control\.safetensors.*shape"):
-            checkpoint.load(more, tmp_path)
+            weights.load(more, tmp_path)
 
 
 class TestLoading:

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -42,17 +41,28 @@ def test_pictures_are_the_pretrained_models_and_labels_their_own():
 
 def test_labels_and_prompts_are_left_out_in_their_shares_independently():
     torch.manual_seed(0)
-    policy, batch = collected(4000)
-    algorithm = ClassifierFree(drop_label=0.3, drop_prompt=0.1)
-    embeds, label = algorithm._dropped(batch, torch.arange(4000), policy)
-    no_label, no_prompt = label[:, 0] == NO_LABEL, embeds.flatten() == 7.0
+    no_prompt, no_label = ClassifierFree(drop_label=0.3, drop_prompt=0.1).draw_left_out(4000)
     assert_close(no_label.float().mean(), 0.3, atol=0.03)
     assert_close(no_prompt.float().mean(), 0.1, atol=0.02)
     assert_close((no_label & no_prompt).float().mean(), 0.03, atol=0.01)
-    assert torch.equal(label[~no_label], batch.context.label[~no_label])
-    whole = replace(algorithm, drop_label=0.0, drop_prompt=0.0)._dropped(batch, torch.arange(4000), policy)
-    assert torch.equal(whole[1], batch.context.label)
-    assert not whole[0].any()
+    assert not ClassifierFree(drop_label=0.0, drop_prompt=0.0).draw_left_out(4000).any()
+
+
+def test_what_is_left_out_is_the_null_label_and_the_null_prompt(monkeypatch):
+    policy, batch = collected(3)
+    algorithm = ClassifierFree(epochs=1, batch_size=3, fit_batch_size=3, micro_batch_size=3)
+    left_out = torch.tensor([[True, False, False], [False, True, False]])
+    monkeypatch.setattr(algorithm, "draw_left_out", lambda count: left_out)
+    seen = []
+    eps = policy.eps
+    policy.eps = lambda x, t, embeds, label: seen.append((embeds, label)) or eps(x, t, embeds, label)
+    torch.manual_seed(3)
+    algorithm.update([batch], policy, Recorder(policy))
+    torch.manual_seed(3)
+    own = batch.context.label[torch.randperm(3)]
+    ((embeds, label),) = seen
+    assert embeds.flatten().tolist() == [7.0, 0.0, 0.0]
+    assert label.flatten().tolist() == [int(own[0]), NO_LABEL, int(own[2])]
 
 
 def test_the_gradient_is_that_of_the_denoising_error_of_each_label():
@@ -67,7 +77,7 @@ def test_the_gradient_is_that_of_the_denoising_error_of_each_label():
     algorithm.update([batch], policy, recorder)
     torch.manual_seed(3)
     order, by_hand = torch.randperm(6), torch.zeros(2, dtype=torch.float64)
-    torch.rand(6), torch.rand(6), torch.randint(1000, (6,))
+    torch.randint(1000, (6,))
     noise = torch.randn(6, 1, 1, 1).double().flatten()
     for y, n in zip(batch.context.label[order, 0].tolist(), noise, strict=True):
         by_hand[y] += 2 * (policy.theta.detach()[y] - n) / 6

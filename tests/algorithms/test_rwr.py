@@ -5,6 +5,7 @@ import torch
 from conftest import assert_close
 from toy import Recorder, ToyEnv, ToyPolicy
 
+from diffrl.algorithms.advantages import groups_of
 from diffrl.algorithms.rwr import RWR
 from diffrl.errors import DiffRLError
 
@@ -20,23 +21,27 @@ def batch_of(policy, rewards, prompts=None, labels=None):
     return replace(batch, reward=torch.tensor(rewards, dtype=torch.float64), context=context)
 
 
+def scored(batch):
+    return batch.reward, groups_of(batch.context)
+
+
 def test_exponential_weights_are_a_softmax_that_averages_one():
     batch = batch_of(ToyPolicy(), [0.0, 5.0, 10.0])
     e = torch.tensor([0.0, 1.0, 2.0]).double().exp()
-    assert_close(RWR(gamma=0.2).weigh(batch), 3 * e / e.sum(), atol=1e-9)
+    assert_close(RWR(gamma=0.2).weigh(*scored(batch)), 3 * e / e.sum(), atol=1e-9)
 
 
 def test_per_prompt_weights_compete_within_a_prompt_and_label():
     batch = batch_of(ToyPolicy(), [0.0, 5.0, 7.0, 100.0], ["a", "a", "a", "b"], [0, 0, 1, 0])
     e = torch.tensor([0.0, 1.0]).double().exp()
     expected = torch.cat([2 * e / e.sum(), torch.ones(2)])
-    assert_close(RWR(gamma=0.2, per_prompt=True).weigh(batch), expected, atol=1e-9)
+    assert_close(RWR(gamma=0.2, per_prompt=True).weigh(*scored(batch)), expected, atol=1e-9)
 
 
 def test_sparse_weights_keep_the_top_tenth_or_what_reaches_the_threshold():
     batch = batch_of(ToyPolicy(), [float(i) for i in range(20)])
-    assert RWR(weights="percentile").weigh(batch).tolist() == [0.0] * 18 + [1.0] * 2
-    assert RWR(weights="threshold", threshold=17.0).weigh(batch).tolist() == [0.0] * 17 + [1.0] * 3
+    assert RWR(weights="percentile").weigh(*scored(batch)).tolist() == [0.0] * 18 + [1.0] * 2
+    assert RWR(weights="threshold", threshold=17.0).weigh(*scored(batch)).tolist() == [0.0] * 17 + [1.0] * 3
 
 
 def test_a_threshold_that_nothing_reaches_is_named():
@@ -55,11 +60,10 @@ def test_the_gradient_is_that_of_the_weighted_denoising_error():
     torch.manual_seed(3)
     algorithm.update([batch], policy, recorder)
     torch.manual_seed(3)
-    order, by_hand, weight = torch.randperm(6), 0.0, algorithm.weigh(batch)
-    for part in order.split(3):
-        torch.randint(1000, (3,))
-        noise = torch.randn(3, 1, 1, 1).double().flatten()
-        by_hand += float((2 * weight[part] * (policy.theta.detach() - noise)).sum()) / 6
+    order, weight = torch.randperm(6), algorithm.weigh(*scored(batch))
+    torch.randint(1000, (6,))
+    noise = torch.randn(6, 1, 1, 1).double().flatten()
+    by_hand = float((2 * weight[order] * (policy.theta.detach() - noise)).mean())
     assert_close(recorder.gradients[0][0], by_hand, atol=1e-6)
 
 

@@ -1,0 +1,95 @@
+"""From settings, or from a run's folder, to a model, its policy and its reward; and what these measure."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from diffrl import config as settings
+from diffrl import weights
+from diffrl.build import Setup, is_learned
+from diffrl.config import Config
+from diffrl.errors import DiffRLError
+from diffrl.evaluate import evaluate, load_judge
+from diffrl.evaluate_mixture import MixtureEvaluation
+from diffrl.policy import Policy
+from diffrl.rewards.closed_form import ClosedForm
+from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.types import EVALUATION_SEED, Reward
+
+CONFIG_FILE = "config.yaml"
+CLASSIFIER_FILE = "classifier.safetensors"
+
+
+def measure(
+    setup: Setup, policy: Policy, reward: Reward, num_pictures: int, seed: int = EVALUATION_SEED
+) -> dict[str, Any]:
+    """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
+    if isinstance(reward, ClosedForm):
+        return MixtureEvaluation(setup, policy, reward).measure(seed)
+    actor = setup.make_guided(policy, reward, num_pictures)
+    gamma = setup.target_gamma
+    judge = load_judge(setup.config.env.model)
+    if judge is not None:
+        judge.to(setup.device)
+    clip = setup.config.clip
+    return evaluate(actor, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge, clip=clip)
+
+
+def pretrained(config: Config) -> tuple[Setup, Policy, Reward]:
+    """Return the model of these settings with nothing learnt yet, and its reward, fitted if it must be."""
+    setup = Setup(config)
+    policy = setup.make_policy(setup.num_classes())
+    return setup, policy, setup.make_reward(policy)
+
+
+def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Reward]:
+    """Return a finished run's model, its trained policy and its reward.
+
+    Args:
+        path: the run's folder.
+        overrides: settings of `Config` to replace, such as the prompts.
+    """
+    if not path.is_dir():
+        raise DiffRLError(f"{path}: no such run. 'ls runs' shows those in the default place.")
+    config = settings.read(path / CONFIG_FILE)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    setup, policy, reward = untrained(path, config)
+    weights.load(policy, path)
+    return setup, policy, reward
+
+
+def untrained(path: Path, config: Config) -> tuple[Setup, Policy, Reward]:
+    """Return a run's model as `pretrained` made it, with the reward that was fitted then."""
+    setup = Setup(config)
+    if is_learned(config.reward):
+        reward: Reward = LogLikelihood.load(path / CLASSIFIER_FILE).to(setup.device)
+    else:
+        reward = config.reward
+    return setup, setup.make_policy(reward.num_classes), reward
+
+
+def describe(reward: LogLikelihood) -> str:
+    """Return the fit's report, a line or two each attribute."""
+    lines = []
+    for attribute in reward.attributes:
+        report, measure = attribute.report, attribute.measure
+        edges = ", ".join(f"{edge:.2f}" for edge in attribute.edges.tolist())
+        lines.append(
+            f"classifier of {measure.title}: accuracy {report.accuracy:.3f}, NLL {report.nll_before:.3f} "
+            f"-> {report.nll:.3f} at temperature {report.temperature:.2f}, ECE {report.ece:.3f} on "
+            f"{report.num_held_out} held-out pictures; edges {f'{edges} {measure.unit}'.rstrip()}, "
+            f"{list(report.class_counts)} pictures a class"
+        )
+    return "\n".join(lines)
+
+
+def fit_metrics(reward: Any) -> dict[str, Any]:
+    """Return how good a learned reward's classifiers are, as metrics; nothing of another reward."""
+    if not isinstance(reward, LogLikelihood):
+        return {}
+    return {
+        f"classifier/{attribute.name}/{name}": value
+        for attribute in reward.attributes
+        for name, value in asdict(attribute.report).items()
+    }

@@ -1,0 +1,77 @@
+"""What a run has learnt, on disk: the adapters and the control. Never pickle.
+
+`pytorch_lora_weights.safetensors` is read by stock `pipe.load_lora_weights(folder)`;
+`control.safetensors` holds the label embedding, which no stock pipeline knows.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffrl.errors import DiffRLError
+from diffrl.policy import Policy
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+CONTROL_FILE = "control.safetensors"
+
+
+def save(policy: Policy, folder: Path) -> None:
+    """Write both files, each whole or not at all."""
+    lora = get_peft_model_state_dict(policy.unet)
+    lora = {name: tensor.detach().cpu().contiguous() for name, tensor in lora.items()}
+    draft = folder / "lora.tmp"
+    StableDiffusionPipeline.save_lora_weights(draft, unet_lora_layers=lora)
+    os.replace(draft / LORA_FILE, folder / LORA_FILE)
+    draft.rmdir()
+    control = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in policy.label_embedding.state_dict().items()
+    }
+    counts = policy.label_embedding.num_classes
+    control_draft = folder / (CONTROL_FILE + ".tmp")
+    save_file(control, control_draft, metadata={"num_classes": json.dumps(counts)})
+    os.replace(control_draft, folder / CONTROL_FILE)
+
+
+def load(policy: Policy, folder: Path) -> None:
+    """Put the weights that `save` wrote into `policy`.
+
+    Raises:
+        DiffRLError: a file missing or cut short, or weights of another shape or place.
+    """
+    path = folder / LORA_FILE
+    lora = {name.removeprefix("unet."): tensor for name, tensor in _read(path).items()}
+    expected = get_peft_model_state_dict(policy.unet)
+    _check(path, lora, expected)
+    set_peft_model_state_dict(policy.unet, lora)
+    path = folder / CONTROL_FILE
+    control = _read(path)
+    _check(path, control, policy.label_embedding.state_dict())
+    policy.label_embedding.load_state_dict(control)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise DiffRLError(f"{path}: missing. Is {path.parent} a run that has saved its weights?")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DiffRLError(f"{path}: damaged or cut short ({error}). Train again.") from error
+
+
+def _check(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in expected.keys() - found.keys():
+        raise DiffRLError(f"{path}: has no {name!r}. Was it written with the same policy.targets?")
+    for name, tensor in found.items():
+        if name not in expected or tensor.shape != expected[name].shape:
+            want = list(expected[name].shape) if name in expected else "nothing of that name"
+            raise DiffRLError(
+                f"{path}: {name!r} has shape {list(tensor.shape)}, the policy has {want}. "
+                "Was it written with the same env.model and policy.rank?"
+            )

@@ -1,0 +1,152 @@
+"""A run shared by several processes is the run of one: gradients and metrics are sums over all pictures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import assert_close
+from safetensors.torch import load_file
+
+from diffrl import processes
+from diffrl.cli import main
+
+RUNS = {
+    "ctrl": ["algo=ctrl"],
+    "ddpo": ["algo=ddpo", "reward=jpeg", "algo.minibatches=2", "algo.kl=0.5", "algo.min_count=2"],
+    "ddpo-reward": [
+        "algo=ddpo",
+        "reward=jpeg",
+        "algo.minibatches=1",
+        "algo.kl=0.5",
+        "algo.kl_form=reward",
+        "algo.per_prompt=false",
+    ],
+    "rwr": ["algo=rwr", "algo.epochs=2", "algo.fit_batch_size=4", "algo.per_prompt=true"],
+    "rwr-sparse": [
+        "algo=rwr",
+        "reward=jpeg",
+        "algo.weights=percentile",
+        "algo.percentile=50",
+        "algo.fit_batch_size=2",
+    ],
+    "classifier_free": ["algo=classifier_free", "algo.epochs=2", "algo.fit_batch_size=4"],
+}
+ONE_STEP = ("ctrl", "ddpo-reward")  # an update
+SMALL = [
+    "env.num_steps=2",
+    "env.guidance_scale=1",
+    "env.checkpointing=true",
+    "checkpoint_every=1",
+    "algo.updates=1",
+    "algo.batch_size=6",
+    "algo.micro_batch_size=1",
+    "eval_every=9",
+    "eval_pictures=2",
+]
+
+
+def commands(tiny_path, root, names=tuple(RUNS)):
+    return [
+        ["train", f"env.model={tiny_path}", f"root={root}", f"name={name}", *SMALL, *words]
+        + ["reward.num_pictures=40", "reward.num_classes=2"] * ("reward=jpeg" not in words)
+        for name, words in RUNS.items()
+        if name in names
+    ]
+
+
+def launch(number, words, **environment):
+    script = str(Path(__file__).parent / "shared_runs.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    return subprocess.Popen(
+        [*torchrun, script, json.dumps(words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def numbers(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = {name for line in lines for name in line if name.startswith("time/") or "seconds" in name}
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if name not in timed and isinstance(value, float | int)
+        }
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_path, tmp_path_factory):
+    """Return the folder of the runs of one process, and the cache of their classifier."""
+    root, cache = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFRL_CACHE", str(cache))
+        for command in commands(tiny_path, root):
+            assert main(command) == 0
+    return root, cache
+
+
+# of 6 micro-batches, 4 processes have 2, 2, 1 and 1
+@pytest.mark.parametrize(("count", "names"), [(2, tuple(RUNS)), (4, ("ctrl", "rwr-sparse"))])
+def test_the_result_does_not_depend_on_how_many_share_the_run(count, names, alone, tiny_path, tmp_path):
+    root, cache = alone
+    run = launch(count, commands(tiny_path, tmp_path, names), DIFFRL_CACHE=str(cache))
+    said, _ = run.communicate()
+    assert run.returncode == 0, said
+    assert said.count(f"{next(iter(RUNS))}: done") == 1  # one of them reports
+    for name in names:
+        one, several = numbers(root / name), numbers(tmp_path / name)
+        assert [line.keys() for line in one] == [line.keys() for line in several]
+        assert one[-1]["eval/kl_nats"] > 1e-3  # something was learnt
+        close = 1e-6 if name in ONE_STEP else 1e-4  # over several, Adam magnifies the order of a sum
+        (ours,), (theirs,) = ([line for line in lines if "train/loss" in line] for lines in (one, several))
+        for key, value in ours.items():
+            assert_close(theirs[key], value, atol=close * (1 + abs(value)))
+        after_one = "checkpoints/step-000001/tensors.safetensors"
+        one, several = load_file(root / name / after_one), load_file(tmp_path / name / after_one)
+        gradients = [key for key in one if key.endswith("exp_avg")]  # .1 times the first gradient
+        assert len(gradients) == sum(key.startswith("policy.") for key in one)
+        for key in gradients:
+            assert_close(several[key], one[key], atol=close)
+
+
+def test_more_processes_than_micro_batches_are_refused(tiny_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 7)
+    command = ["train", f"env.model={tiny_path}", f"root={tmp_path}", *SMALL, "algo=rwr", "reward=jpeg"]
+    assert main(command) == 2
+    assert "6 micro-batches for 7 processes; each needs one at least" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["dies", "interrupted"])
+def test_one_that_dies_and_ctrl_c_end_them_all(how, alone, tiny_path, tmp_path):
+    """The one that dies ends the others with its error; Ctrl-C leaves a run that can be resumed."""
+    endless = [*commands(tiny_path, tmp_path)[0], "algo.updates=100000"]
+    run = launch(2, [endless], DIFFRL_CACHE=str(alone[1]))
+    metrics = tmp_path / "ctrl" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (
+        not (metrics.exists() and b'"update": 1,' in metrics.read_bytes()) and time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
+    children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    if how == "dies":
+        os.kill(children[1], signal.SIGKILL)
+    else:
+        run.send_signal(signal.SIGINT)
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    if how == "dies":
+        assert "Signal 9 (SIGKILL)" in said
+    else:
+        assert list((tmp_path / "ctrl" / "checkpoints").iterdir())

@@ -1,0 +1,167 @@
+"""A run that is stopped and resumed is, to the bit, the run that never was."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from diffrl import checkpoint
+from diffrl.algorithms.base import Algorithm
+from diffrl.cli import main
+from diffrl.run import resume
+
+UPDATES = 4
+SMALL = [
+    "env.num_steps=2",
+    "env.guidance_scale=1",
+    f"algo.updates={UPDATES}",
+    "algo.batch_size=4",
+    "algo.average=0.5",
+    "reward.num_pictures=40",
+    "reward.num_classes=2",
+    "eval_every=2",
+    "eval_pictures=2",
+    "checkpoint_every=1",
+]
+ALGORITHMS = {
+    "ctrl": [],
+    "ctrl, accumulated": ["algo=ctrl", "algo.micro_batch_size=1"],
+    "ddpo": ["algo=ddpo", "algo.kl=0.5", "algo.per_prompt=true", "algo.min_count=2", "algo.minibatches=2"],
+    "rwr": ["algo=rwr", "algo.epochs=2", "algo.fit_batch_size=2"],
+    "reward_backprop": ["algo=reward_backprop"],
+    "classifier_free": ["algo=classifier_free", "algo.epochs=2", "algo.fit_batch_size=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("one-fit-for-all")
+
+
+@pytest.fixture
+def words(tiny_path, cache, monkeypatch):
+    """Return a function from an algorithm's name to the command that trains it."""
+    monkeypatch.setenv("DIFFRL_CACHE", str(cache))
+
+    def of(name, root, *more):
+        small = [*SMALL, "algo.micro_batch_size=4"]
+        return [
+            "train",
+            f"env.model={tiny_path}",
+            *small,
+            *ALGORITHMS[name],
+            f"root={root}",
+            "name=run",
+            *more,
+        ]
+
+    return of
+
+
+def numbers(folder):
+    """Return every metric of a run but the times, which are the machine's."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if not name.startswith("time/") and "seconds" not in name
+        }
+        for line in lines
+    ]
+
+
+def bits(folder):
+    """Return the weights of a run, and all tensors of its last checkpoint."""
+    last = next(checkpoint.newest_first(folder / "checkpoints"))
+    files = [folder / "pytorch_lora_weights.safetensors", folder / "control.safetensors"]
+    return [path.read_bytes() for path in (*files, last / "tensors.safetensors")]
+
+
+@pytest.fixture
+def stopped_after(monkeypatch):
+    """Return a function after which each of so many next trainings gets a signal in one of its updates."""
+
+    def ask(number, after=1):
+        train_once, count = Algorithm.step, [0]
+
+        def step(self, policy, optimizer):
+            count[0] += 1
+            if count[0] == after:
+                os.kill(os.getpid(), number)
+            return train_once(self, policy, optimizer)
+
+        monkeypatch.setattr(Algorithm, "step", step)
+        return lambda: monkeypatch.setattr(Algorithm, "step", train_once)
+
+    return ask
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_stopped_and_resumed_it_is_the_run_that_never_was(name, words, tmp_path, stopped_after, capsys):
+    """By three signals in a row, each in the first update after the last."""
+    assert main(words(name, tmp_path / "whole")) == 0
+    for stop in range(UPDATES - 1):
+        number = signal.SIGTERM if stop % 2 else signal.SIGINT
+        again = stopped_after(number)
+        command = words(name, tmp_path / "parts", "resume=auto")
+        assert main(command) == (130 if number == signal.SIGINT else 0)
+        again()
+        assert f"stopped after update {stop + 1}. Go on with" in " ".join(capsys.readouterr().out.split())
+    assert resume(tmp_path / "parts" / "run") == tmp_path / "parts" / "run"
+    whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+    assert numbers(whole) == numbers(parts)
+    assert bits(whole) == bits(parts)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(
+    words, tmp_path, stopped_after, capsys
+):
+    assert main(words("ctrl", tmp_path / "whole")) == 0
+    again = stopped_after(signal.SIGTERM, after=3)
+    assert main(words("ctrl", tmp_path / "parts")) == 0
+    again()
+    run = tmp_path / "parts" / "run"
+    last, before = checkpoint.newest_first(run / "checkpoints")
+    assert (last.name, before.name) == ("step-000003", "step-000002")
+    (last / "tensors.safetensors").write_bytes(b"")
+    assert main(["train", "--resume", str(run)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "tensors.safetensors: 0 bytes" in said
+    assert "goes on after update 2 of 4" in said
+    assert numbers(run) == numbers(tmp_path / "whole" / "run")
+    assert bits(run) == bits(tmp_path / "whole" / "run")
+
+
+class TestMistakes:
+    @pytest.fixture
+    def run(self, words, tmp_path):
+        assert main(words("reward_backprop", tmp_path, "algo.updates=1")) == 0
+        return tmp_path / "run"
+
+    def line(self, capsys, *command):
+        capsys.readouterr()
+        assert main([str(word) for word in command]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    def test_a_finished_run_is_left_as_it_is(self, run, words, tmp_path, capsys):
+        before = numbers(run), bits(run)
+        assert main(["train", "--resume", str(run)]) == 0
+        assert main(words("reward_backprop", tmp_path, "algo.updates=1", "resume=auto")) == 0
+        assert "finished already, 1 updates" in " ".join(capsys.readouterr().out.split())
+        assert (numbers(run), bits(run)) == before
+
+    def test_other_settings_no_checkpoint_and_no_run_are_named(self, run, words, tmp_path, capsys):
+        other = words("reward_backprop", tmp_path, "algo.updates=1", "resume=auto", "seed=1")
+        assert "a run of other settings, so resume=auto cannot go on" in self.line(capsys, *other)
+        assert "its settings are its own" in self.line(capsys, "train", "--resume", run, "seed=1")
+        assert "no such run" in self.line(capsys, "train", "--resume", tmp_path / "none")
+        for folder in checkpoint.newest_first(run / "checkpoints"):
+            (folder / checkpoint.MANIFEST).unlink()
+        assert "no whole checkpoint in it" in self.line(capsys, "train", "--resume", run)
+
+    def test_never_is_the_default(self, run, words, tmp_path, capsys):
+        line = self.line(capsys, *words("reward_backprop", tmp_path, "algo.updates=1"))
+        assert "the run directory exists. Go on with it by resume=auto" in line
