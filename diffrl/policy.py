@@ -171,7 +171,7 @@ class Policy(nn.Module):
 
     def _eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
         out = self.unet(x_t, timestep, prompt_embeds, class_labels=label, return_dict=False)
-        return out[0].to(x_t.dtype)
+        return self.schedule.to_eps(out[0].to(x_t.dtype), x_t, timestep)
 
     def unconditional(self, obs: Observation) -> Tensor:
         """Return the noise prediction `[N, C, H, W]` for the empty prompt, with no label."""

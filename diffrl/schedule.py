@@ -4,6 +4,9 @@ Shapes: N samples, T steps. Notation: A = alpha_bar_t, P = alpha_bar of the step
 Source: DDIM, arXiv:2010.02502, eq. 12 and 16.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
@@ -11,6 +14,16 @@ from torch.distributions import Independent, Normal
 
 from diffrl.errors import DiffRLError
 from diffrl.types import Observation
+
+_STABLE_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+"""Stable Diffusion v1.5's `scheduler_config.json`."""
 
 
 class DDIMSchedule(nn.Module):
@@ -38,9 +51,11 @@ class DDIMSchedule(nn.Module):
             raise DiffRLError(f"num_steps={num_steps}: must be between 1 and {limit}.")
         if not 0 <= eta <= 1:
             raise DiffRLError(f"eta={eta}: must be between 0 and 1.")
-        if scheduler.config.prediction_type != "epsilon":
+        self.prediction_type = scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
             raise DiffRLError(
-                f"prediction_type={scheduler.config.prediction_type}: only 'epsilon' is supported."
+                f"prediction_type={self.prediction_type}: the checkpoint's scheduler says so; only "
+                "'epsilon' and 'v_prediction' are supported."
             )
         if scheduler.config.clip_sample or scheduler.config.thresholding:
             raise DiffRLError(
@@ -50,12 +65,28 @@ class DDIMSchedule(nn.Module):
         scheduler = DDIMScheduler.from_config(scheduler.config)
         scheduler.set_timesteps(num_steps)
         timesteps = scheduler.timesteps.long()
+        if int(timesteps.max()) >= limit:
+            raise DiffRLError(
+                f"num_steps={num_steps}: with the scheduler's steps_offset the first would be past the "
+                f"last timestep, {limit - 1}. Take fewer."
+            )
         stride = limit // num_steps
         prev = timesteps - stride
         every = scheduler.alphas_cumprod.double()
         a = every[timesteps]
+        if not a.min() > 0:
+            raise DiffRLError(
+                "the scheduler begins at pure noise (rescale_betas_zero_snr): there the noise says nothing "
+                "about x_0, and the step has no mean. Set it to false in scheduler_config.json."
+            )
         p = torch.where(prev >= 0, every[prev.clamp(min=0)], scheduler.final_alpha_cumprod.double())
         sigma = eta * ((1 - p) / (1 - a) * (1 - a / p)).clamp(min=0).sqrt()
+        if eta > 0 and not sigma.min() > 0:
+            raise DiffRLError(
+                f"the scheduler gives the step at timestep {int(timesteps[sigma.argmin()])} no noise: it "
+                "has no density and no KL. Set steps_offset to 1, set_alpha_to_one to false and "
+                "timestep_spacing to 'leading' in scheduler_config.json, or use env.eta=0."
+            )
 
         self.num_steps, self.eta = num_steps, eta
         self.register_buffer("timesteps", timesteps, persistent=False)
@@ -101,6 +132,19 @@ class DDIMSchedule(nn.Module):
         index, shape = self.index(obs["timestep"]), (-1,) + (1,) * (obs["latents"].dim() - 1)
         return self.alpha_bar[index].view(shape), self.alpha_bar_prev[index].view(shape)
 
+    def to_eps(self, prediction: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """Return the noise that the network's output means at x_t, `[N, C, H, W]`.
+
+        Of v-prediction, v = sqrt(A) eps - sqrt(1 - A) x_0, it is sqrt(A) v + sqrt(1 - A) x_t
+        (arXiv:2202.00512, appendix D). At one x_t it is affine in v, so guidance may mix either. An error
+        in v counts sqrt(A) times in eps: a denoising loss in eps weighs the noisy times of a v-model less
+        than its own training did.
+        """
+        if self.prediction_type == "epsilon":
+            return prediction
+        a = self._signal(timestep, x_t)
+        return a.sqrt() * prediction + (1 - a).sqrt() * x_t
+
     def predict_x_0(self, x_t: Tensor, eps: Tensor, timestep: Tensor) -> Tensor:
         """Return (x_t - sqrt(1 - A) eps) / sqrt(A), `[N, C, H, W]`: DDIM's "predicted x_0", eq. 12."""
         a = self._signal(timestep, x_t)
@@ -119,13 +163,10 @@ class DDIMSchedule(nn.Module):
         return self.train_alpha_bar[timestep].view((-1,) + (1,) * (like.dim() - 1))
 
 
-def make_scheduler() -> DDIMScheduler:
-    """Return Stable Diffusion v1.5's scheduler (its `scheduler_config.json`), as DDIM."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+def make_scheduler(config: Mapping[str, Any] | None = None) -> DDIMScheduler:
+    """Return the scheduler of a checkpoint's config as DDIM, whatever class the config names.
+
+    What it leaves out, other classes having no such setting (`clip_sample`, `set_alpha_to_one`), is as in
+    Stable Diffusion v1.5, which is also the default: DDIM's own clip x_0 and give the last step no noise.
+    """
+    return DDIMScheduler.from_config(_STABLE_DIFFUSION | dict(config or {}))

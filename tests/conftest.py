@@ -29,8 +29,11 @@ def assert_close(actual, expected, *, atol, rtol=0.0):
     torch.testing.assert_close(actual.double(), expected.double(), atol=atol, rtol=rtol, check_device=False)
 
 
-def tiny_checkpoint(folder: Path) -> Path:
-    """Write a random Stable Diffusion checkpoint: 8 x 8 latents, 16 px pictures."""
+def tiny_checkpoint(folder: Path, *, unet=None, text=None, scheduler=None) -> Path:
+    """Write a random Stable Diffusion checkpoint: 8 x 8 latents, 16 px pictures.
+
+    `unet` and `text` are more settings of these networks, `scheduler` those of the schedule.
+    """
     torch.manual_seed(0)
     tokenizer = make_tokenizer(["cat", "dog", "bee"])
     end = tokenizer.eos_token_id
@@ -39,12 +42,12 @@ def tiny_checkpoint(folder: Path) -> Path:
             vocab_size=len(tokenizer),
             hidden_size=16,
             intermediate_size=16,
-            num_hidden_layers=1,
             num_attention_heads=2,
             max_position_embeddings=16,
             bos_token_id=end - 1,
             eos_token_id=end,
             pad_token_id=end,
+            **{"num_hidden_layers": 1} | (text or {}),
         )
     )
     unet = UNet2DConditionModel(
@@ -53,9 +56,9 @@ def tiny_checkpoint(folder: Path) -> Path:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
         cross_attention_dim=16,
         norm_num_groups=4,
+        **{"attention_head_dim": 2} | (unet or {}),
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -71,7 +74,7 @@ def tiny_checkpoint(folder: Path) -> Path:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=make_scheduler(),
+        scheduler=make_scheduler(scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -175,3 +175,25 @@ def test_every_network_evaluation_is_counted_once_recomputing_aside(tiny):
     assert policy.num_calls == 12
     policy.unconditional(obs)
     assert policy.num_calls == 16
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_v_model_is_guided_by_the_noise_that_its_v_means(tiny_path, guidance_scale):
+    """The same network as eps and as v: mixed before or after the conversion, eps is the same."""
+    from diffrl.backbones.stable_diffusion import StableDiffusion
+    from diffrl.schedule import make_scheduler
+
+    as_eps = make_policy(StableDiffusion.load(str(tiny_path)), guidance_scale=guidance_scale)
+    backbone = StableDiffusion.load(str(tiny_path))
+    backbone.scheduler = make_scheduler({"prediction_type": "v_prediction"})
+    as_v = make_policy(backbone, guidance_scale=guidance_scale)
+    for policy in (as_eps, as_v):
+        learn_a_little(policy)
+    obs = observe(as_eps, step=1)
+    with torch.no_grad():
+        mixed = as_eps.noise(obs)  # the network's two outputs, mixed
+        a = as_v.schedule.alpha_bar[1]
+        assert_close(as_v.noise(obs), a.sqrt() * mixed + (1 - a).sqrt() * obs["latents"], atol=1e-5)
+        raw = as_eps.eps(*obs.values())
+        assert_close(as_v.eps(*obs.values()), a.sqrt() * raw + (1 - a).sqrt() * obs["latents"], atol=1e-5)
+        assert kl_divergence(as_v(obs), as_v.reference(obs)).min() > 0

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from conftest import assert_close
-from diffusers import DDIMScheduler
 
 from diffrl.errors import DiffRLError
 from diffrl.schedule import DDIMSchedule, make_scheduler
@@ -74,20 +73,96 @@ def test_mixed_timesteps_in_a_batch_equal_one_at_a_time():
         assert_close(mean[n : n + 1], one, atol=0)
 
 
-def test_a_scheduler_that_ends_at_alpha_one_is_followed():
-    scheduler = DDIMScheduler.from_config(make_scheduler().config, set_alpha_to_one=True)
-    schedule = DDIMSchedule(scheduler, 50, 1.0)
-    assert_close(schedule.alpha_bar_prev[-1], 1.0, atol=0)
-    assert_close(schedule.sigma[-1], 0.0, atol=0)
+def test_a_scheduler_that_ends_at_alpha_one_is_followed_without_noise_and_refused_with_it():
+    scheduler = make_scheduler({"set_alpha_to_one": True})
+    assert_close(DDIMSchedule(scheduler, 50, 0.0).alpha_bar_prev[-1], 1.0, atol=0)
+    with pytest.raises(DiffRLError, match="timestep 1 no noise"):
+        DDIMSchedule(scheduler, 50, 1.0)
+
+
+def test_a_first_timestep_past_the_last_one_is_refused():
+    with pytest.raises(DiffRLError, match=r"num_steps=1000: .*steps_offset"):
+        DDIMSchedule(make_scheduler(), 1000, 1.0)
+
+
+def test_a_schedule_that_begins_at_pure_noise_is_refused():
+    scheduler = make_scheduler({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+    with pytest.raises(DiffRLError, match="rescale_betas_zero_snr"):
+        DDIMSchedule(scheduler, 20, 1.0)
+
+
+class TestOfACheckpoint:
+    def test_sd15_s_pndm_config_becomes_ddim_that_does_not_clip(self):
+        """As the hub has it: of another class, and without DDIM's own settings."""
+        config = {
+            "_class_name": "PNDMScheduler",
+            "_diffusers_version": "0.6.0",
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "num_train_timesteps": 1000,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+            "trained_betas": None,
+        }
+        schedule = DDIMSchedule(make_scheduler(config), 50, 1.0)
+        assert schedule.timesteps[:2].tolist() == [981, 961]
+        assert schedule.timesteps[-1] == 1
+        assert_close(schedule.alpha_bar_prev[-1], 1 - 0.00085, atol=1e-6)  # the first of the training times
+        assert_close(schedule.sigma[[0, -1]], [0.4545, 0.0206], atol=5e-5)
+
+    @pytest.mark.parametrize("kind", ["PNDM", "EulerDiscrete", "DPMSolverMultistep", "DDIM"])
+    def test_its_own_settings_are_kept_whatever_class_it_names(self, kind):
+        config = {
+            "_class_name": f"{kind}Scheduler",
+            "beta_start": 0.001,
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "num_train_timesteps": 500,
+            "prediction_type": "v_prediction",
+            "steps_offset": 3,
+            "timestep_spacing": "leading",
+        }
+        schedule = DDIMSchedule(make_scheduler(config), 10, 1.0)
+        assert schedule.prediction_type == "v_prediction"
+        assert schedule.timesteps.tolist() == list(range(453, 0, -50))
+        expected = (1 - torch.linspace(0.001, 0.02, 500, dtype=torch.float64)).cumprod(0)
+        assert_close(schedule.train_alpha_bar, expected, atol=1e-6)
+
+    def test_a_clipping_one_is_refused(self):
+        with pytest.raises(DiffRLError, match="clip_sample"):
+            DDIMSchedule(make_scheduler({"clip_sample": True}), 20, 1.0)
+
+    def test_one_whose_network_predicts_x_0_is_refused_by_name(self):
+        with pytest.raises(DiffRLError, match="prediction_type=sample: the checkpoint"):
+            DDIMSchedule(make_scheduler({"prediction_type": "sample"}), 20, 1.0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_v_prediction_steps_as_diffusers_does(eta):
+    scheduler = make_scheduler({"prediction_type": "v_prediction"})
+    schedule = DDIMSchedule(scheduler, 20, eta)
+    scheduler.set_timesteps(20)
+    generator = torch.Generator().manual_seed(0)
+    for timestep in scheduler.timesteps:
+        x_t, v, noise = torch.randn(3, 2, 4, 8, 8, generator=generator)
+        eps = schedule.to_eps(v, x_t, timestep.repeat(2))
+        law = schedule.step(x_t, eps, timestep.repeat(2))
+        expected = scheduler.step(v, int(timestep), x_t, eta=eta, variance_noise=noise)
+        assert_close(law.mean + law.stddev * noise, expected.prev_sample, atol=2e-6)
+
+
+def test_the_true_v_means_the_noise_that_was_added():
+    schedule = DDIMSchedule(make_scheduler({"prediction_type": "v_prediction"}), 20, 1.0).double()
+    x_0, eps = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    timestep = torch.tensor([1, 500, 999])
+    a = schedule.train_alpha_bar[timestep].view(-1, 1, 1, 1)
+    v = a.sqrt() * eps - (1 - a).sqrt() * x_0
+    assert_close(schedule.to_eps(v, schedule.add_noise(x_0, eps, timestep), timestep), eps, atol=1e-9)
 
 
 @pytest.mark.parametrize(("steps", "eta"), [(0, 1.0), (1001, 1.0), (20, -0.1), (20, 1.5)])
 def test_steps_and_eta_out_of_range_are_named(steps, eta):
     with pytest.raises(DiffRLError, match=str(steps) if eta == 1.0 else str(eta)):
         DDIMSchedule(make_scheduler(), steps, eta)
-
-
-def test_a_clipping_scheduler_is_refused():
-    scheduler = DDIMScheduler.from_config(make_scheduler().config, clip_sample=True)
-    with pytest.raises(DiffRLError, match="clip_sample"):
-        DDIMSchedule(scheduler, 20, 1.0)

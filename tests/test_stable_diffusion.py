@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, tiny_checkpoint
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
@@ -53,6 +53,23 @@ def test_stock_diffusers_draws_the_same_pictures_from_the_emoji_model(guidance_s
     ).images
     ours = our_deterministic_pictures(ASSET, prompts, latents, guidance_scale, 5)
     assert_close(ours, theirs, atol=1e-4)
+
+
+def test_stock_diffusers_draws_the_same_pictures_from_a_model_like_2_1(tmp_path):
+    """Another text encoder, heads by level, linear projections, v-prediction."""
+    tiny_checkpoint(
+        tmp_path,
+        unet={"attention_head_dim": (2, 4), "use_linear_projection": True},
+        text={"hidden_act": "gelu", "num_hidden_layers": 2},
+        scheduler={"prediction_type": "v_prediction"},
+    )
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = stock_pipeline(tmp_path)(
+        ["cat", "bee"], num_inference_steps=5, guidance_scale=3.0, latents=latents, output_type="pt"
+    ).images
+    ours = our_deterministic_pictures(tmp_path, ["cat", "bee"], latents, 3.0, 5)
+    assert_close(ours, theirs, atol=1e-4)
+    assert ours.std() > 1e-2
 
 
 def test_the_emoji_model_ships_within_its_budget_and_in_half_precision():
