@@ -19,7 +19,7 @@ from diffrl import __version__, processes
 from diffrl import config as settings
 from diffrl.algorithms.guidance.base import Guidance
 from diffrl.algorithms.untrained import Untrained
-from diffrl.backbones.stable_diffusion import fingerprint
+from diffrl.backbones.loading import fingerprint
 from diffrl.cache import cache_folder
 from diffrl.config import Config
 from diffrl.envs.denoising import DenoisingVectorEnv

@@ -33,7 +33,7 @@ from diffrl.algorithms.guidance.svdd import SVDD
 from diffrl.algorithms.reward_backprop import RewardBackprop
 from diffrl.algorithms.rwr import RWR
 from diffrl.algorithms.untrained import Untrained
-from diffrl.backbones.stable_diffusion import fingerprint
+from diffrl.backbones.loading import fingerprint
 from diffrl.envs.emoji import Emoji
 from diffrl.envs.gaussian_mixture import GaussianMixture
 from diffrl.envs.sd15 import SD15

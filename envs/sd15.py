@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from diffrl.backbones.loading import DEFAULT_MODEL
 from diffrl.backbones.stable_diffusion import StableDiffusion
 from diffrl.errors import DiffRLError
 
@@ -10,11 +11,11 @@ from diffrl.errors import DiffRLError
 class SD15:
     """The MDP over Stable Diffusion v1.5's latents: 64 x 64 x 4, pictures of 512 px."""
 
-    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or diffusers folder
+    model: str = DEFAULT_MODEL  # hub id, diffusers folder, or .safetensors file of the original layout
+    revision: str | None = None  # branch, tag or commit of a hub id; null: its main branch
     num_steps: int = 50  # T; CTRL, Table 2
     eta: float = 1.0  # DDIM's: 0 deterministic, 1 as much noise as DDPM
     guidance_scale: float = 7.5  # CTRL, Table 2; 1 switches guidance off
-
     checkpointing: bool = True  # recompute activations in the backward pass: slower by 1/3, far less memory
 
     def __post_init__(self) -> None:
@@ -27,6 +28,6 @@ class SD15:
 
     def load(self) -> StableDiffusion:
         """Return the checkpoint."""
-        backbone = StableDiffusion.load(self.model)
+        backbone = StableDiffusion.load(self.model, revision=self.revision)
         backbone.checkpointing = self.checkpointing
         return backbone

@@ -183,6 +183,7 @@ class TestTrain:
             (["policy.rank=0"], "policy.rank=0"),
             (["prompts=nothing"], "prompts=nothing"),
             (["env.model=/no/such/place"], "env.model=/no/such/place: no such folder"),
+            (["env=sd15"], "no such folder here, not in the cache"),
             (["dataset=/no/such/place"], "dataset=/no/such/place: no such folder"),
             (["device=quantum"], "device=quantum: no such device"),
             (["reward.classifier=none.safetensors"], "none.safetensors: no such classifier"),

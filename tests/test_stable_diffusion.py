@@ -185,11 +185,11 @@ class TestLoading:
         shutil.copytree(tiny_path, copy)
         path = copy / "unet" / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(DiffRLError, match="cannot be loaded from the folder"):
+        with pytest.raises(DiffRLError, match=r"unet cannot be loaded from .*Unable to load weights"):
             StableDiffusion.load(str(copy))
 
     def test_a_hub_id_without_network_says_where_it_looked(self):
-        with pytest.raises(DiffRLError, match="nobody/nothing: cannot be loaded from the hub"):
+        with pytest.raises(DiffRLError, match="nobody/nothing: no such folder here, not in the cache"):
             StableDiffusion.load("nobody/nothing")
 
     def test_decoding_in_slices_changes_nothing(self, tiny):

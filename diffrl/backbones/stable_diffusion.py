@@ -1,80 +1,44 @@
-"""A checkpoint in the Stable Diffusion layout: denoiser, autoencoder, text encoder, schedule.
+"""Stable Diffusion v1.x and v2.x as a backbone: denoiser, autoencoder, text encoder, schedule.
 
 Shapes: N pictures, C,H,W latent, pictures `[N, 3, S, S]` in [0, 1], L tokens of width E.
 """
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextModel, CLIPTokenizer
 from typing_extensions import Self
 
-from diffrl.errors import DiffRLError
-
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+from diffrl.backbones.loading import Parts, load_parts
 
 
 class StableDiffusion(nn.Module):
-    """The frozen parts of Stable Diffusion v1.x, at any size."""
+    """The frozen parts of a checkpoint, at any size.
 
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        scheduler: DDIMScheduler,
-    ) -> None:
+    Args:
+        parts: as they were read.
+    """
+
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.tokenizer, self.scheduler = tokenizer, scheduler
+        self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = parts
+        self.float()
         self.checkpointing = True  # decode: compute activations again in the backward pass
         self.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, model: str) -> Self:
-        """Return the checkpoint in float32.
+    def load(cls, model: str, *, revision: str | None = None) -> Self:
+        """Return the checkpoint in float32; for arguments and errors see `load_parts`."""
+        return cls(load_parts(model, revision))
 
-        Args:
-            model: a folder in the diffusers layout, or a hub id.
-
-        Raises:
-            DiffRLError: nothing there, a part missing, or a file that cannot be read.
-        """
-        folder = Path(model)
-        if folder.is_dir():
-            missing = [part for part in _PARTS if not (folder / part).is_dir()]
-            if missing:
-                raise DiffRLError(
-                    f"env.model={model}: no folder {missing[0]!r} in it. A diffusers checkpoint has "
-                    f"{', '.join(_PARTS)}."
-                )
-        elif folder.is_absolute() or model.count("/") != 1:
-            raise DiffRLError(
-                f"env.model={model}: no such folder. Give a diffusers folder or a hub id 'owner/name'."
-            )
-        kinds = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTokenizer, DDIMScheduler)
-        try:
-            return cls(
-                *(
-                    kind.from_pretrained(model, subfolder=part)
-                    for kind, part in zip(
-                        kinds, ("unet", "vae", "text_encoder", "tokenizer", "scheduler"), strict=True
-                    )
-                )
-            ).float()
-        except Exception as error:  # each library has its own; all mean that it cannot be loaded
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            where = "the folder" if folder.is_dir() else "the hub and its cache (HF_HOME)"
-            raise DiffRLError(
-                f"env.model={model}: cannot be loaded from {where}: {reason} Download it again, or give "
-                "the path of a complete diffusers folder."
-            ) from error
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move, as every module does; on a GPU weights become channels-last, as convolutions like it."""
+        super().to(*args, **kwargs)
+        if self.unet.device.type == "cuda":
+            super().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -113,15 +77,3 @@ class StableDiffusion(nn.Module):
         else:
             pixels = run(latents)
         return (pixels / 2 + 0.5).clamp(0, 1)
-
-
-def fingerprint(model: str) -> str:
-    """Return what identifies the checkpoint's content: a hash of its files, or the hub id itself."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*/*")):
-        if path.suffix in (".json", ".safetensors", ".bin", ".txt"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()

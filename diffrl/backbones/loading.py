@@ -1,0 +1,194 @@
+"""Finding a checkpoint and reading it: a hub id, a diffusers folder, or one file of the original layout."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers import DDIMScheduler
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch import nn
+from transformers import CLIPTokenizer
+
+from diffrl.backbones.architectures import NETWORKS, Network, check_pipeline, read_configs
+from diffrl.backbones.single_file import read_file
+from diffrl.errors import DiffRLError
+from diffrl.schedule import make_scheduler
+
+DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+"""Stable Diffusion v1.5 on the hub."""
+
+_WANTED = ["*.json", "tokenizer/*", *(f"{part.name}/{part.weights}.safetensors" for part in NETWORKS)]
+_CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer v1.x and v2.x share
+_CLIP_WANTED = ["tokenizer_config.json", "vocab.json", "merges.txt"]
+_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+_HASHED = (".json", ".txt", *_FILES)
+_CHUNK = 1 << 20  # bytes
+
+
+class Parts(NamedTuple):
+    """What a checkpoint consists of."""
+
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: CLIPTokenizer
+    scheduler: DDIMScheduler
+
+
+def load_parts(model: str, revision: str | None = None) -> Parts:
+    """Return the parts of a checkpoint.
+
+    Args:
+        model: a hub id, looked up in the cache (HF_HOME) where there is no network (HF_HUB_OFFLINE); a
+            diffusers folder; or a file of the original layout.
+        revision: branch, tag or commit of a hub id; None is its main branch.
+
+    Raises:
+        DiffRLError: nothing there, a file missing or damaged, another architecture.
+    """
+    path = _find(model, revision)
+    if path.is_file():
+        networks, configs = read_file(model, path)
+        tokenizer = _tokenizer_of_file(model, path, configs["tokenizer"])
+    else:
+        configs = read_configs(model, path)
+        networks = {part.name: _network(model, path, part) for part in NETWORKS}
+        tokenizer = _tokenizer(model, path / "tokenizer")
+    return Parts(**networks, tokenizer=tokenizer, scheduler=make_scheduler(configs["scheduler"]))
+
+
+def fingerprint(model: str) -> str:
+    """Return what identifies the checkpoint's content: a hash of its files, or the hub id itself."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return model
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*/*")) if path.is_dir() else [path]:
+        if file.suffix in _HASHED:
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                while chunk := content.read(_CHUNK):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _find(model: str, revision: str | None) -> Path:
+    """Return the folder or file that `model` names, downloaded if need be."""
+    path = Path(model).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise DiffRLError(
+                f"env.revision={revision}: {model} is on this machine; only hub ids have revisions."
+            )
+        if path.is_file() and path.suffix not in _FILES:
+            raise DiffRLError(
+                f"env.model={model}: not a checkpoint file. Give a .safetensors file or a folder."
+            )
+        return path
+    if path.suffix in _FILES:
+        raise DiffRLError(f"env.model={model}: no such file (in {Path.cwd()}).")
+    if path.is_absolute() or not _is_hub_id(model):
+        raise DiffRLError(
+            f"env.model={model}: no such folder. Give a diffusers folder, a .safetensors file or a hub id "
+            "'owner/name'."
+        )
+    # before gigabytes of what is not supported
+    check_pipeline(model, _download(model, revision, ["model_index.json"]))
+    return _download(model, revision, _WANTED)
+
+
+def _is_hub_id(model: str) -> bool:
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return "/" in model
+
+
+def _download(model: str, revision: str | None, files: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files))
+    except Exception as error:  # of many kinds, by what went wrong
+        # no network, and some of the files in the cache: which is missing is told where it is read
+        if partial := getattr(error, "snapshot_path", None):
+            return Path(partial)
+        at = "" if revision is None else f" at revision {revision}"
+        raise DiffRLError(
+            f"env.model={model}: no such folder here, not in the cache {constants.HF_HUB_CACHE}{at}, and "
+            f"not to be had from the hub ({_first_line(error)}). Where there is a network run '"
+            f"{_hf_download(model, _WANTED)}' and bring its cache here (HF_HOME), or give a diffusers "
+            "folder or a .safetensors file."
+        ) from error
+
+
+def _hf_download(model: str, files: Sequence[str]) -> str:
+    return " ".join(["hf download", model, *(f'--include "{name}"' for name in files)])
+
+
+def _network(model: str, folder: Path, part: Network) -> nn.Module:
+    """Return a network with all its weights."""
+    place = folder / part.name
+    names = [f"{part.weights}{end}" for end in (".safetensors", ".safetensors.index.json", ".bin")]
+    _check_files(model, place, [[name] for name in [*names, "pytorch_model.bin"]])
+    # a weight of another shape is then in the report too, by name
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    network, report = _read(model, place, part.kind, **asked)
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise DiffRLError(
+            f"env.model={model}: {part.name} {name!r} has shape {list(found)}, by its config.json "
+            f"{list(wanted)}: another architecture."
+        )
+    for name in sorted(report["missing_keys"]):
+        raise DiffRLError(f"env.model={model}: no weights for {part.name} {name!r}: another architecture.")
+    return network
+
+
+def _tokenizer(model: str, place: Path, **settings: Any) -> CLIPTokenizer:
+    # transformers takes a folder without these for an empty vocabulary
+    _check_files(model, place, [["tokenizer.json"], ["vocab.json", "merges.txt"]])
+    return _read(model, place, CLIPTokenizer, **settings)
+
+
+def _check_files(model: str, place: Path, sets: list[list[str]]) -> None:
+    """Raise DiffRLError unless `place` has all files of one of the `sets`."""
+    if not any(all((place / name).is_file() for name in names) for names in sets):
+        raise DiffRLError(
+            f"env.model={model}: {place / sets[0][0]} is missing; was the download cut short? Run "
+            "'hf download' again, or give a complete folder or a .safetensors file."
+        )
+
+
+def _read(model: str, place: Path, kind: Any, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(place, local_files_only=True, **options)
+    except Exception as error:  # each library has its own; all mean that it cannot be loaded
+        pickled = list(place.glob("*.bin")) and not list(place.glob("*.safetensors"))
+        hint = "Pickles with more than tensors are not run; give .safetensors files." if pickled else ""
+        raise DiffRLError(
+            f"env.model={model}: {place.name} cannot be loaded from {place}: {_first_line(error)} "
+            f"{hint or 'Download it again, or give a complete diffusers folder.'}"
+        ) from error
+
+
+def _tokenizer_of_file(model: str, path: Path, settings: Mapping[str, Any]) -> CLIPTokenizer:
+    """Return the tokenizer beside the file, or CLIP's from the hub: such a file has none."""
+    beside = path.parent / "tokenizer"
+    if beside.is_dir():
+        return _tokenizer(model, beside)
+    try:
+        place = Path(snapshot_download(_CLIP, allow_patterns=_CLIP_WANTED))
+    except Exception as error:
+        raise DiffRLError(
+            f"env.model={model}: a single file has no tokenizer, there is none in {beside}, and {_CLIP} is "
+            f"neither in the cache {constants.HF_HUB_CACHE} nor to be had from the hub. Put the tokenizer "
+            "folder of any Stable Diffusion there, or where there is a network run "
+            f"'{_hf_download(_CLIP, _CLIP_WANTED)}'."
+        ) from error
+    return _tokenizer(model, place, **settings)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
