@@ -49,6 +49,8 @@ class Setup:
         self.config = config
         self.device = processes.join(_device(config.device))
         console.quiet = not processes.is_first()
+        if getattr(config.env, "random_weights", False):
+            console.print("env.random_weights=true: for speed and memory alone; the result means nothing.")
         self.prompts = load_prompts(config.prompts)
         self.eval_prompts = load_prompts(config.eval_prompts or config.prompts)
         self.backbone: Backbone = config.env.load().to(self.device)

@@ -13,6 +13,8 @@ class SD15:
 
     model: str = DEFAULT_MODEL  # hub id, diffusers folder, or .safetensors file of the original layout
     revision: str | None = None  # branch, tag or commit of a hub id; null: its main branch
+    image_size: int | None = None  # pixels a side; null: the model's own, 512
+    random_weights: bool = False  # no download, the architecture alone: its speed, not its pictures
     num_steps: int = 50  # T; CTRL, Table 2
     eta: float = 1.0  # DDIM's: 0 deterministic, 1 as much noise as DDPM
     guidance_scale: float = 7.5  # CTRL, Table 2; 1 switches guidance off
@@ -25,9 +27,16 @@ class SD15:
             raise DiffRLError(f"env.eta={self.eta}: must be between 0 and 1.")
         if self.num_steps < 1:
             raise DiffRLError(f"env.num_steps={self.num_steps}: must be 1 or more.")
+        if self.image_size is not None and (self.image_size < 8 or self.image_size % 8):
+            raise DiffRLError(f"env.image_size={self.image_size}: must be a multiple of 8.")
 
     def load(self) -> StableDiffusion:
         """Return the checkpoint."""
-        backbone = StableDiffusion.load(self.model, revision=self.revision)
+        backbone = StableDiffusion.load(
+            self.model,
+            revision=self.revision,
+            random_weights=self.random_weights,
+            image_size=self.image_size,
+        )
         backbone.checkpointing = self.checkpointing
         return backbone

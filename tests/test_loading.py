@@ -7,13 +7,16 @@ import torch
 from accelerate import init_empty_weights
 from conftest import assert_close, tiny_checkpoint
 from huggingface_hub import constants
+from huggingface_hub.errors import IncompleteSnapshotError
 from original_layout import original_layout
 from safetensors.torch import load_file, save_file
+from test_cli import FAST
 
-from diffrl.backbones import single_file
+from diffrl.backbones import loading, single_file
 from diffrl.backbones.architectures import NETWORKS, SD_V1, SD_V2
 from diffrl.backbones.loading import DEFAULT_MODEL, fingerprint
 from diffrl.backbones.stable_diffusion import StableDiffusion
+from diffrl.cli import main
 from diffrl.envs.sd15 import SD15
 from diffrl.errors import DiffRLError
 
@@ -307,6 +310,17 @@ class TestHub:
         with pytest.raises(DiffRLError, match=r"text_encoder/model.safetensors is missing.*hf download"):
             StableDiffusion.load("someone/tiny")
 
+    def test_the_same_where_the_cache_knows_that_it_is_incomplete(self, cached, monkeypatch):
+        """As huggingface_hub says it since it keeps a list of a repository's files."""
+
+        def incomplete(*args, **kwargs):
+            raise IncompleteSnapshotError("Some files are missing", str(cached))
+
+        (cached / "vae" / "config.json").unlink()
+        monkeypatch.setattr(loading, "snapshot_download", incomplete)
+        with pytest.raises(DiffRLError, match=r"vae/config.json is missing.*hf download"):
+            StableDiffusion.load("someone/tiny")
+
     def test_a_model_that_is_nowhere_is_told_with_both_ways_to_supply_it(self, cached):
         with pytest.raises(DiffRLError) as caught:
             SD15(revision="v7").load()
@@ -321,3 +335,60 @@ class TestHub:
     def test_a_folder_has_no_revision(self, tiny_path):
         with pytest.raises(DiffRLError, match=r"env.revision=main: .* only hub ids have revisions"):
             StableDiffusion.load(str(tiny_path), revision="main")
+
+
+class TestRandomWeights:
+    def test_the_built_in_architectures_have_the_published_sizes(self):
+        published = {"unet": (859_520_964, 865_910_724), "vae": (83_653_863,) * 2}
+        published["text_encoder"] = (123_060_480, 340_387_840)
+        for part in NETWORKS:
+            with init_empty_weights():
+                networks = [part.build(configs[part.name]) for configs in (SD_V1, SD_V2)]
+            counts = tuple(sum(p.numel() for p in network.parameters()) for network in networks)
+            assert counts == published[part.name]
+
+    def test_the_configs_of_a_folder_are_enough_and_give_the_same_weights_each_time(self, copy):
+        for path in copy.rglob("*.safetensors"):
+            path.unlink()
+        shutil.rmtree(copy / "tokenizer")
+        first = StableDiffusion.load(str(copy), random_weights=True)
+        torch.rand(1)  # whatever was drawn before
+        second = StableDiffusion.load(str(copy), random_weights=True)
+        assert_same(first, second)
+        assert first.unet.conv_in.weight.std() > 0
+        embeds = first.encode_prompts(["cat", "cats", "猫", ""])
+        assert embeds.shape == (4, 16, 16)
+        assert len({tuple(e.flatten().tolist()) for e in embeds}) == 4
+
+    def test_of_another_hub_id_the_configs_must_be_given(self):
+        with pytest.raises(DiffRLError, match=r"random_weights=true: only .* is built in"):
+            SD15(model="someone/else", random_weights=True).load()
+
+    @pytest.mark.parametrize("algo", ["ctrl", "ddpo"])
+    def test_they_train_at_another_size_and_say_that_it_means_nothing(
+        self, algo, tiny_path, tmp_path, capsys
+    ):
+        for config in tiny_path.glob("*/*config.json"):
+            (tmp_path / config.parent.name).mkdir(exist_ok=True)
+            shutil.copy(config, tmp_path / config.parent.name)
+        shutil.rmtree(tmp_path / "tokenizer")
+        words = ["env.random_weights=true", "env.image_size=24", f"algo={algo}"]
+        words += [f"env.model={tmp_path}", f"root={tmp_path}", "name=run"]
+        assert main(["train", *FAST, *words]) == 0
+        assert "the result means nothing" in capsys.readouterr().out
+        last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+        assert last["eval/kl_nats"] == 0.0
+        assert main(["eval", str(tmp_path / "run"), "-n", "4"]) == 0
+
+
+class TestImageSize:
+    def test_it_decides_latents_and_pictures(self, tiny_path):
+        backbone = StableDiffusion.load(str(tiny_path), image_size=24)
+        assert backbone.latent_shape == (4, 12, 12)
+        assert backbone.decode(torch.zeros(1, *backbone.latent_shape)).shape == (1, 3, 24, 24)
+
+    def test_one_that_no_latents_have_is_refused(self, tiny_path):
+        with pytest.raises(DiffRLError, match=r"env.image_size=510: must be a multiple of 8"):
+            SD15(image_size=510)
+        with pytest.raises(DiffRLError, match=r"env.image_size=17: must be a multiple of 2"):
+            StableDiffusion.load(str(tiny_path), image_size=17)

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from diffusers import DDIMScheduler
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import CLIPTokenizer
 
-from diffrl.backbones.architectures import NETWORKS, Network, check_pipeline, read_configs
+from diffrl.backbones.architectures import NETWORKS, SD_V1, Network, check_pipeline, read_configs
 from diffrl.backbones.single_file import read_file
 from diffrl.errors import DiffRLError
 from diffrl.schedule import make_scheduler
@@ -56,6 +58,35 @@ def load_parts(model: str, revision: str | None = None) -> Parts:
         configs = read_configs(model, path)
         networks = {part.name: _network(model, path, part) for part in NETWORKS}
         tokenizer = _tokenizer(model, path / "tokenizer")
+    return Parts(**networks, tokenizer=tokenizer, scheduler=make_scheduler(configs["scheduler"]))
+
+
+def random_parts(model: str) -> Parts:
+    """Return the parts of a checkpoint with random weights, always the same: for its speed and size alone.
+
+    Args:
+        model: a folder with the config files of the diffusers layout, or `DEFAULT_MODEL`.
+
+    Raises:
+        DiffRLError: another hub id, or no such folder.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        configs = read_configs(model, folder)
+    elif model == DEFAULT_MODEL:
+        configs = SD_V1
+    else:
+        raise DiffRLError(
+            f"env.model={model} env.random_weights=true: only {DEFAULT_MODEL} is built in. Give a folder "
+            "with the model's config.json files."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        networks = {part.name: part.build(configs[part.name]) for part in NETWORKS}
+    if (folder / "tokenizer").is_dir():
+        tokenizer = _tokenizer(model, folder / "tokenizer")
+    else:
+        tokenizer = _spelling_tokenizer(networks["text_encoder"].config)
     return Parts(**networks, tokenizer=tokenizer, scheduler=make_scheduler(configs["scheduler"]))
 
 
@@ -187,6 +218,14 @@ def _tokenizer_of_file(model: str, path: Path, settings: Mapping[str, Any]) -> C
             f"'{_hf_download(_CLIP, _CLIP_WANTED)}'."
         ) from error
     return _tokenizer(model, place, **settings)
+
+
+def _spelling_tokenizer(config: Any) -> CLIPTokenizer:
+    """Return CLIP's tokenizer without its merges: prompts are spelt, a token a letter."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
+    vocabulary |= {"<|startoftext|>": config.vocab_size - 2, "<|endoftext|>": config.vocab_size - 1}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=config.max_position_embeddings)
 
 
 def _first_line(error: Exception) -> str:

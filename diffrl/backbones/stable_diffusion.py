@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from diffrl.backbones.loading import Parts, load_parts
+from diffrl.backbones.loading import Parts, load_parts, random_parts
+from diffrl.errors import DiffRLError
 
 
 class StableDiffusion(nn.Module):
@@ -19,19 +20,37 @@ class StableDiffusion(nn.Module):
 
     Args:
         parts: as they were read.
+        image_size: S; None is what the model was trained at.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, image_size: int | None = None) -> None:
         super().__init__()
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = parts
         self.float()
+        self.image_size = image_size or self.unet.config.sample_size * self._scale
+        if self.image_size % self._scale:
+            raise DiffRLError(
+                f"env.image_size={image_size}: must be a multiple of {self._scale}, the side of one latent."
+            )
         self.checkpointing = True  # decode: compute activations again in the backward pass
         self.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, model: str, *, revision: str | None = None) -> Self:
-        """Return the checkpoint in float32; for arguments and errors see `load_parts`."""
-        return cls(load_parts(model, revision))
+    def load(
+        cls, model: str, *, revision: str | None = None, random_weights: bool = False, **options: Any
+    ) -> Self:
+        """Return the checkpoint.
+
+        Args:
+            model: see `load_parts`.
+            revision: see `load_parts`.
+            random_weights: read its architecture alone; see `random_parts`.
+            options: of the class.
+
+        Raises:
+            DiffRLError: nothing there, a part missing, or a file that cannot be read.
+        """
+        return cls(random_parts(model) if random_weights else load_parts(model, revision), **options)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move, as every module does; on a GPU weights become channels-last, as convolutions like it."""
@@ -43,13 +62,13 @@ class StableDiffusion(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latents."""
-        config = self.unet.config
-        return config.in_channels, config.sample_size, config.sample_size
+        side = self.image_size // self._scale
+        return self.unet.config.in_channels, side, side
 
     @property
-    def image_size(self) -> int:
-        """S, the side of a decoded picture in pixels."""
-        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def _scale(self) -> int:
+        """Pixels a latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def prompt_shape(self) -> tuple[int, int]:
