@@ -216,6 +216,12 @@ def check(config: Config) -> None:
         raise DiffRLError(
             f"eval_scales={config.eval_scales}: for pictures; give 'diffrl eval' --control-scale."
         )
+    trains = not isinstance(config.algo, Untrained) or config.guidance.needs_gradient
+    if trains and getattr(config.env, "precision", None) == "fp16":
+        raise DiffRLError(
+            "env.precision=fp16: gradients underflow in it, and this algorithm or guidance needs them. Use "
+            "env.precision=bf16."
+        )
     _check_guidance(config)
     _check_space(config)
     if config.dataset is not None:

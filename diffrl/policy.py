@@ -108,6 +108,8 @@ class Policy(nn.Module):
             torch.manual_seed(seed)
             self.unet = inject_adapter_in_model(config, unet.requires_grad_(False))
         self.unet.to(device)
+        for parameter in self.lora_parameters():  # an optimiser's steps would be lost in a half's rounding
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         self._lora_layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
         # After the adapters: peft freezes whatever is not LoRA, and an embedding with it.
         self.label_embedding = LabelEmbedding(
@@ -170,7 +172,9 @@ class Policy(nn.Module):
         return self._eps(x_t, timestep, prompt_embeds, label)
 
     def _eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
-        out = self.unet(x_t, timestep, prompt_embeds, class_labels=label, return_dict=False)
+        dtype = next(self.unet.parameters()).dtype  # a frozen weight's; LoRA and labels stay in float32
+        inputs = (x_t.to(dtype), timestep, prompt_embeds.to(dtype))
+        out = self.unet(*inputs, class_labels=label, return_dict=False)
         return self.schedule.to_eps(out[0].to(x_t.dtype), x_t, timestep)
 
     def unconditional(self, obs: Observation) -> Tensor:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from diffrl.backbones.loading import DEFAULT_MODEL
-from diffrl.backbones.stable_diffusion import StableDiffusion
+from diffrl.backbones.stable_diffusion import PRECISIONS, StableDiffusion
 from diffrl.errors import DiffRLError
 
 
@@ -13,6 +13,7 @@ class SD15:
 
     model: str = DEFAULT_MODEL  # hub id, diffusers folder, or .safetensors file of the original layout
     revision: str | None = None  # branch, tag or commit of a hub id; null: its main branch
+    precision: str = "fp32"  # of the denoiser: fp32, bf16, or fp16 (no training); all else is fp32
     image_size: int | None = None  # pixels a side; null: the model's own, 512
     random_weights: bool = False  # no download, the architecture alone: its speed, not its pictures
     num_steps: int = 50  # T; CTRL, Table 2
@@ -27,6 +28,8 @@ class SD15:
             raise DiffRLError(f"env.eta={self.eta}: must be between 0 and 1.")
         if self.num_steps < 1:
             raise DiffRLError(f"env.num_steps={self.num_steps}: must be 1 or more.")
+        if self.precision not in PRECISIONS:
+            raise DiffRLError(f"env.precision={self.precision}: must be one of {', '.join(PRECISIONS)}.")
         if self.image_size is not None and (self.image_size < 8 or self.image_size % 8):
             raise DiffRLError(f"env.image_size={self.image_size}: must be a multiple of 8.")
 
@@ -36,6 +39,7 @@ class SD15:
             self.model,
             revision=self.revision,
             random_weights=self.random_weights,
+            precision=self.precision,
             image_size=self.image_size,
         )
         backbone.checkpointing = self.checkpointing

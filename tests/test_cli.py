@@ -185,6 +185,8 @@ class TestTrain:
             (["env.model=/no/such/place"], "env.model=/no/such/place: no such folder"),
             (["env=sd15"], "no such folder here, not in the cache"),
             (["env=sd15", "env.image_size=510"], "env.image_size=510: must be a multiple of 8"),
+            (["env.precision=half"], "env.precision=half: must be one of fp32, bf16, fp16"),
+            (["env.precision=fp16"], "env.precision=fp16: gradients underflow in it"),
             (["dataset=/no/such/place"], "dataset=/no/such/place: no such folder"),
             (["device=quantum"], "device=quantum: no such device"),
             (["reward.classifier=none.safetensors"], "none.safetensors: no such classifier"),

@@ -365,14 +365,14 @@ class TestRandomWeights:
             SD15(model="someone/else", random_weights=True).load()
 
     @pytest.mark.parametrize("algo", ["ctrl", "ddpo"])
-    def test_they_train_at_another_size_and_say_that_it_means_nothing(
+    def test_they_train_in_bf16_at_another_size_and_say_that_it_means_nothing(
         self, algo, tiny_path, tmp_path, capsys
     ):
         for config in tiny_path.glob("*/*config.json"):
             (tmp_path / config.parent.name).mkdir(exist_ok=True)
             shutil.copy(config, tmp_path / config.parent.name)
         shutil.rmtree(tmp_path / "tokenizer")
-        words = ["env.random_weights=true", "env.image_size=24", f"algo={algo}"]
+        words = ["env.random_weights=true", "env.precision=bf16", "env.image_size=24", f"algo={algo}"]
         words += [f"env.model={tmp_path}", f"root={tmp_path}", "name=run"]
         assert main(["train", *FAST, *words]) == 0
         assert "the result means nothing" in capsys.readouterr().out

@@ -177,6 +177,69 @@ def test_every_network_evaluation_is_counted_once_recomputing_aside(tiny):
     assert policy.num_calls == 16
 
 
+class TestPrecision:
+    @pytest.fixture(params=["fp32", "bf16", "fp16"])
+    def backbone(self, tiny_path, request):
+        from diffrl.backbones.stable_diffusion import StableDiffusion
+
+        return StableDiffusion.load(str(tiny_path), precision=request.param)
+
+    def test_before_the_first_update_the_kl_is_exactly_zero_and_ratios_are_exactly_one(self, backbone):
+        from diffrl.envs.denoising import DenoisingVectorEnv
+        from diffrl.rewards.jpeg import Jpeg
+
+        policy = make_policy(backbone)
+        env = DenoisingVectorEnv(backbone, policy.schedule, Jpeg(), ["cat", "bee"], num_envs=3)
+        episodes = rollout(
+            env, policy, torch.Generator().manual_seed(0), reference=policy.reference, seed=0
+        )
+        assert episodes.kl.tolist() == [[0.0] * 3] * 4
+        assert episodes.log_ratio.tolist() == [[0.0] * 3] * 4
+        for step in range(4):
+            obs, action = episodes.decision(torch.arange(3), torch.full((3,), step))
+            assert torch.equal(policy(obs).log_prob(action), episodes.log_prob[step])
+
+    def test_only_the_frozen_denoiser_is_in_it(self, backbone):
+        from diffrl.backbones.stable_diffusion import PRECISIONS
+
+        frozen = {p.dtype for p in backbone.unet.parameters()}
+        policy = make_policy(backbone)
+        assert frozen == {backbone.unet.conv_in.weight.dtype}
+        assert frozen <= set(PRECISIONS.values())
+        trained = policy.lora_parameters() + policy.embedding_parameters()
+        assert {p.dtype for p in trained} == {torch.float32}
+        others = [*backbone.vae.parameters(), *backbone.text_encoder.parameters()]
+        assert {p.dtype for p in others} == {torch.float32}
+        law = policy(observe(policy))
+        assert {law.mean.dtype, law.log_prob(law.mean).dtype} == {torch.float32}
+        assert backbone.decode(law.mean.detach()).dtype == torch.float32
+
+    def test_a_half_predicts_what_fp32_does_to_its_rounding(self, backbone, tiny):
+        exact, rounded = make_policy(tiny), make_policy(backbone)
+        for policy in (exact, rounded):
+            learn_a_little(policy)
+        obs = observe(exact)
+        with torch.no_grad():
+            error = (rounded.noise(obs) - exact.noise(obs)).square().mean().sqrt()
+            size = exact.noise(obs).square().mean().sqrt()
+        dtype = backbone.unet.conv_in.weight.dtype
+        assert error <= 10 * torch.finfo(dtype).eps * size
+        assert (error > 0) == (dtype != torch.float32)
+
+    def test_gradients_of_bf16_are_those_of_fp32_to_its_rounding(self, tiny_path, tiny):
+        from diffrl.backbones.stable_diffusion import StableDiffusion
+
+        gradients = []
+        for backbone in (tiny, StableDiffusion.load(str(tiny_path), precision="bf16")):
+            policy = make_policy(backbone)
+            learn_a_little(policy)
+            (policy.noise(observe(policy)) * torch.linspace(-1, 1, 64).view(8, 8)).sum().backward()
+            parts = [p.grad.flatten() for p in policy.lora_parameters() + policy.embedding_parameters()]
+            assert {part.dtype for part in parts} == {torch.float32}
+            gradients.append(torch.cat(parts))
+        assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.995
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_v_model_is_guided_by_the_noise_that_its_v_means(tiny_path, guidance_scale):
     """The same network as eps and as v: mixed before or after the conversion, eps is the same."""
