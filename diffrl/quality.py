@@ -5,12 +5,11 @@ everyone has: where they are missing, the measure is a sentence that says what t
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffrl.types import to_pixels
+from diffrl.rewards.clip import load_clip
 
 _BATCH = 64  # pictures at a time
 
@@ -53,22 +52,9 @@ def clip_score(images: Tensor, prompts: Sequence[str], model: str | None) -> flo
     Args:
         images: `[n, 3, S, S]`.
         prompts: n of them.
-        model: folder of a CLIP model in the layout of transformers.
+        model: folder of a CLIP model in the layout of transformers, or a hub id.
     """
     if model is None:
         return "not available: give the folder of a CLIP model as clip=PATH"
-    from transformers import CLIPModel, CLIPProcessor
-
-    clip = CLIPModel.from_pretrained(model).to(images.device)
-    processor = CLIPProcessor.from_pretrained(model)
-    total = 0.0
-    for start in range(0, len(prompts), _BATCH):
-        pictures = list(to_pixels(images[start : start + _BATCH]))
-        words = list(prompts[start : start + _BATCH])
-        inputs: Any = processor(
-            text=words, images=pictures, return_tensors="pt", padding=True, truncation=True
-        )
-        with torch.no_grad():
-            seen = clip(**inputs.to(images.device))
-        total += float(torch.cosine_similarity(seen.image_embeds, seen.text_embeds).sum())
-    return max(100 * total / len(prompts), 0.0)
+    with torch.no_grad():
+        return max(100 * float(load_clip(model).similarity(images, prompts).mean()), 0.0)

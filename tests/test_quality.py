@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import assert_close
 from test_cli import fails
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from tiny_clip import SIDE, write_clip
+from transformers import CLIPModel, CLIPProcessor
 
-from diffrl.benchmarks.pretrain_emoji import make_tokenizer
 from diffrl.quality import brisque, clip_score, diversity
 
 
@@ -51,42 +51,25 @@ class TestBrisque:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A random CLIP model of a hundred weights or so, in its own layout."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = make_tokenizer(["cat", "dog"])
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    end = tokenizer.eos_token_id
-    text = CLIPTextConfig(
-        **size, vocab_size=len(tokenizer), max_position_embeddings=16, eos_token_id=end,
-        bos_token_id=end - 1, pad_token_id=end,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(**size, image_size=16, patch_size=8)
-    torch.manual_seed(0)
-    model = CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    sides = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    CLIPImageProcessor(**sides).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 class TestClipScore:
-    def test_it_is_a_hundred_times_the_mean_cosine(self, clip):
-        images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    @pytest.mark.parametrize(("side", "tolerance"), [(SIDE, 1e-3), (40, 0.2)])
+    def test_it_is_a_hundred_times_the_mean_cosine_of_stock_clip(self, clip, side, tolerance):
+        """Where CLIP's own preprocessing resizes, it rounds to 8 bits."""
+        images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+        images = (255 * images).round() / 255
         words = ["cat", "dog", "cat"]
-        model = CLIPModel.from_pretrained(clip)
-        from transformers import CLIPProcessor
-
-        processor = CLIPProcessor.from_pretrained(clip)
+        model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
         cosines = []
         for image, word in zip(images, words, strict=True):
-            pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
+            pixels = (255 * image).byte().permute(1, 2, 0).numpy()
             out = model(**processor(text=[word], images=[pixels], return_tensors="pt"))
             cosines.append(float((out.logits_per_image / model.logit_scale.exp()).detach()))
-        expected = max(100 * sum(cosines) / 3, 0.0)
-        assert_close(clip_score(images, words, str(clip)), expected, atol=1e-3)
+        score = clip_score(images, words, clip)
+        assert abs(score) > 1.0
+        assert_close(score, max(100 * sum(cosines) / 3, 0.0), atol=tolerance)
 
     def test_without_a_model_it_says_what_to_give(self):
         assert "clip=PATH" in clip_score(flat(0.1), ["cat"], None)
