@@ -39,6 +39,7 @@ from diffrl.envs.gaussian_mixture import GaussianMixture
 from diffrl.envs.sd15 import SD15
 from diffrl.errors import DiffRLError, unknown, unknown_setting
 from diffrl.policy import LoRA
+from diffrl.rewards.aesthetic import Aesthetic
 from diffrl.rewards.clip_score import ClipScore
 from diffrl.rewards.closed_form import Gaussian, Softmax
 from diffrl.rewards.compressibility import Compressibility
@@ -56,6 +57,7 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "env": {"emoji": Emoji, "gaussian_mixture": GaussianMixture, "sd15": SD15},
     "reward": {
+        "aesthetic": Aesthetic,
         "clip_score": ClipScore,
         "compressibility": Compressibility,
         "gaussian": Gaussian,

@@ -5,11 +5,13 @@ Shapes: N pictures `[N, 3, H, W]` in [0, 1], H and W multiples of 16; K classes.
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffrl.rewards.clip import load_clip
 from diffrl.rewards.measures import opponents
 
 
@@ -98,10 +100,28 @@ class ColourFeatures(nn.Module):
         return torch.cat([mean, (variance + 1).sqrt(), *lengths], 1)
 
 
-FEATURES: dict[str, type[ConvFeatures] | type[BlockDCTFeatures] | type[ColourFeatures]] = {
+class ClipFeatures(nn.Module):
+    """CLIP's embedding, of length 1: `[N, 3, H, W]` to `[N, E]`. Its weights stay outside of this module.
+
+    Args:
+        clip: folder or hub id.
+    """
+
+    def __init__(self, clip: str) -> None:
+        super().__init__()
+        self.clip = load_clip(clip)
+        self.size = self.clip.width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features of `images`, `[N, E]`."""
+        return self.clip.embed_images(images)
+
+
+FEATURES: dict[str, type[Any]] = {
     "dct": BlockDCTFeatures,
     "colour": ColourFeatures,
     "cnn": ConvFeatures,
+    "clip": ClipFeatures,
 }
 
 
@@ -110,23 +130,39 @@ class Classifier(nn.Module):
 
     Args:
         num_classes: K.
-        features: "dct" (for anything about compression), "colour", or "cnn" (for anything else).
-        hidden: width of the head's one hidden layer.
+        features: "dct" (for anything about compression), "colour", "clip", "cnn" (for anything else), or
+            "residual" (a published one).
+        hidden: width of the head's one hidden layer; None: it is linear.
+        spare: logits of classes that no picture has, as CTRL's authors' heads have one. They count in the
+            softmax and are not returned.
+        clip: of "clip" features, their model.
     """
 
     shift: Tensor
     scale: Tensor
     temperature: Tensor
 
-    def __init__(self, num_classes: int, features: str = "cnn", hidden: int = 64) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        features: str = "cnn",
+        hidden: int | None = 64,
+        *,
+        spare: int = 0,
+        clip: str | None = None,
+    ) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.features = FEATURES[features]()
-        size = self.features.size
+        self.num_classes, self.hidden, self.spare = num_classes, hidden, spare
+        self.features: Any = FEATURES[features](clip) if features == "clip" else FEATURES[features]()
+        size, logits = self.features.size, num_classes + spare
         self.register_buffer("shift", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("temperature", torch.ones(()))
-        self.head = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), nn.Linear(hidden, num_classes))
+        self.head = (
+            nn.Sequential(nn.Linear(size, logits))
+            if hidden is None
+            else nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), nn.Linear(hidden, logits))
+        )
 
     def standardise(self, features: Tensor) -> None:
         """Make the head see zero mean and unit variance on `features` `[N, F]`."""
@@ -134,12 +170,13 @@ class Classifier(nn.Module):
         self.scale.copy_(features.std(0).clamp(min=1e-3))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return logits `[N, K]` of features `[N, F]`, before the temperature."""
+        """Return logits `[N, K + spare]` of features `[N, F]`, before the temperature."""
         return self.head((features - self.shift) / self.scale)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return log p(y|x) for every class, `[N, K]`, in nats."""
-        return (self.logits(self.features(images)) / self.temperature).log_softmax(1)
+        log_prob = (self.logits(self.features(images)) / self.temperature).log_softmax(1)
+        return log_prob[:, : self.num_classes]
 
 
 # fmt: off

@@ -3,18 +3,17 @@
 Source: CTRL, arXiv:2406.12120, section 6.1.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from diffrl.errors import DiffRLError
+from diffrl.errors import DiffRLError, unknown
 from diffrl.rewards.fit import check_ceiling, fit_attribute
 from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.rewards.measures import MEASURES
 
-PUBLISHED_EDGES = (60.0, 85.0, 110.0)  # kB at 512 px: CTRL's four classes
-PUBLISHED_SIZE = 512
+_FEATURES = ("dct", "cnn")
 
 
 @dataclass
@@ -38,20 +37,18 @@ class Compressibility:
             self.num_classes = len(self.edges) + 1
         if self.num_classes < 2:
             raise DiffRLError(f"reward.num_classes={self.num_classes}: must be 2 or more.")
+        if self.features not in _FEATURES:
+            raise unknown("reward.features", self.features, _FEATURES)
         check_ceiling(self.ceiling, self.num_classes)
 
     def fit(self, images: Tensor, seed: int, *, from_pretrained: bool) -> LogLikelihood:
         """Return the reward fitted to `images` `[M, 3, S, S]`; see `fit_attribute`."""
-        edges: Sequence[float] | None = self.edges
-        if edges is None and (images.shape[-1], self.num_classes) == (
-            PUBLISHED_SIZE,
-            len(PUBLISHED_EDGES) + 1,
-        ):
-            edges = PUBLISHED_EDGES
+        (measure,) = self.measures
+        published = MEASURES[measure].published_edges(self.num_classes, images.shape[-1])
         attribute = fit_attribute(
-            self.measures[0],
+            measure,
             images,
-            edges,
+            self.edges or published,
             self.num_classes,
             features=self.features,
             seed=seed,

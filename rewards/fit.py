@@ -4,7 +4,7 @@ Shapes: M pictures `[M, 3, H, W]` in [0, 1] or uint8, K classes.
 Source: CTRL, arXiv:2406.12120, algorithm 1 and appendix; temperature scaling, arXiv:1706.04599.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ def fit_attribute(
     features: str,
     seed: int,
     from_pretrained: bool,
+    networks: Mapping[str, str] | None = None,
 ) -> Attribute:
     """Label `images` by their true measure, fit and calibrate p(y|x), and return both.
 
@@ -39,9 +40,11 @@ def fit_attribute(
         features: see `Classifier`.
         seed: of the fit. The same seed holds out the same pictures, whatever the measure.
         from_pretrained: they were drawn from the pretrained policy, so log Z follows from them.
+        networks: where those lie that the measure stands on, by name.
     """
     generator = torch.Generator().manual_seed(seed)
-    true = MEASURES[measure]
+    networks = networks or {}
+    true = MEASURES[measure].bind(networks)
     values = torch.cat([true.of(as_float(part)) for part in images.split(256)])
     if edges is None:
         bounds = values.quantile(torch.arange(1, num_classes) / num_classes)
@@ -55,15 +58,21 @@ def fit_attribute(
             f"{num_classes} classes: give at least 5 of each class and 10 a class overall, or other edges."
         )
     classifier, report, held_out = fit_classifier(
-        images, label, num_classes, features=features, generator=generator
+        images, label, num_classes, features=features, generator=generator, clip=networks.get("clip")
     )
     with torch.no_grad():
         log_prob = torch.cat([classifier(as_float(images[i])) for i in held_out.split(128)])
-    return Attribute(measure, classifier, bounds, report, log_prob if from_pretrained else None)
+    return Attribute(measure, classifier, bounds, report, log_prob if from_pretrained else None, networks)
 
 
 def fit_classifier(
-    images: Tensor, label: Tensor, num_classes: int, *, features: str, generator: torch.Generator
+    images: Tensor,
+    label: Tensor,
+    num_classes: int,
+    *,
+    features: str,
+    generator: torch.Generator,
+    clip: str | None = None,
 ) -> tuple[Classifier, FitReport, Tensor]:
     """Return the classifier, its report, and the indices of the held-out pictures.
 
@@ -72,12 +81,13 @@ def fit_classifier(
         label: `[M]`, the class by the true measure.
         features: see `Classifier`; fixed features are computed once, learned ones at every step.
         generator: of the split and the order of the batches.
+        clip: of "clip" features, their model.
     """
     order = torch.randperm(len(images), generator=generator)
     held_out, train = order.split([round(HELD_OUT * len(order)), len(order) - round(HELD_OUT * len(order))])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        classifier = Classifier(num_classes, features)
+        classifier = Classifier(num_classes, features, clip=clip)
     with torch.no_grad():
         every = torch.cat([classifier.features(as_float(part)) for part in images.split(128)])
     learned = any(True for _ in classifier.features.parameters())

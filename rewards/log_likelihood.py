@@ -7,7 +7,7 @@ attributes. Source: CTRL, arXiv:2406.12120, algorithm 1.
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,8 @@ from diffrl.types import NO_LABEL, Context
 
 LAYOUT = 2
 """Of the file that holds a reward; another one's is not read."""
+
+_PROBE_TOLERANCE = 0.02  # of a measure on another machine; two CLIPs differ by far more
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Attribute(nn.Module):
         report: of the fit.
         pretrained_log_prob: `[M, K]`, log p(y|x) on pictures of the pretrained policy that the
             classifier was not fitted to; from these comes log Z. None where the data were others.
+        networks: where those lie that the measure stands on, by name. They are kept by their place, and
+            by what they say of one picture.
     """
 
     edges: Tensor
@@ -69,9 +73,11 @@ class Attribute(nn.Module):
         edges: Tensor,
         report: FitReport,
         pretrained_log_prob: Tensor | None = None,
+        networks: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.measure = measure, MEASURES[measure]
+        self.name, self.networks = measure, dict(networks or {})
+        self.measure = MEASURES[measure].bind(self.networks)
         self.classifier = classifier.eval().requires_grad_(False)
         self.register_buffer("edges", edges)
         self.register_buffer("pretrained_log_prob", pretrained_log_prob)
@@ -86,12 +92,22 @@ class Attribute(nn.Module):
         features = next(
             name for name, kind in FEATURES.items() if isinstance(self.classifier.features, kind)
         )
-        return {
+        facts = {
             "measure": self.name,
             "num_classes": self.classifier.num_classes,
             "features": features,
+            "head": {"hidden": self.classifier.hidden, "spare": self.classifier.spare},
             "report": vars(self.report),
         }
+        if self.networks:
+            facts |= {"networks": self.networks, "probe": self.probe()}
+        return facts
+
+    @torch.no_grad()
+    def probe(self) -> float:
+        """Return the true measure of one picture, always the same: it tells networks apart."""
+        ramp = torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+        return float(self.measure.of(ramp))
 
 
 class LogLikelihood(nn.Module):
@@ -161,16 +177,25 @@ class LogLikelihood(nn.Module):
         """Return what `save` wrote.
 
         Raises:
-            DiffRLError: no such file, or not a whole one of ours.
+            DiffRLError: no such file, or not a whole one of ours; networks that are not those of the fit.
         """
         config, tensors = _read(path)
         attributes = []
         for number, facts in enumerate(config["attributes"]):
-            classifier = Classifier(facts["num_classes"], facts["features"])
+            networks = facts.get("networks", {})
+            classifier = Classifier(
+                facts["num_classes"], facts["features"], **facts.get("head", {}), clip=networks.get("clip")
+            )
             report = facts["report"] | {"class_counts": tuple(facts["report"]["class_counts"])}
             edges = tensors[f"attributes.{number}.edges"]
             known = tensors.get(f"attributes.{number}.pretrained_log_prob")
-            attributes.append(Attribute(facts["measure"], classifier, edges, FitReport(**report), known))
+            attribute = Attribute(facts["measure"], classifier, edges, FitReport(**report), known, networks)
+            if networks and abs(attribute.probe() - facts["probe"]) > _PROBE_TOLERANCE:
+                raise DiffRLError(
+                    f"{path}: was fitted with other networks than lie at {' and '.join(networks.values())} "
+                    "now. Put those back, or run 'diffrl fit' again."
+                )
+            attributes.append(attribute)
         reward = cls(attributes, config["ceiling"])
         reward.load_state_dict(tensors)
         return reward

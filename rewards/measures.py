@@ -3,15 +3,20 @@
 Shapes: N pictures `[N, 3, H, W]` in [0, 1], K classes.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from diffrl.rewards.aesthetic import aesthetic_score
 from diffrl.rewards.jpeg import jpeg_kilobytes
 from diffrl.types import to_pixels
+
+PUBLISHED_SIZE = 512
+"""Of CTRL's pictures, to which its edges belong."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +24,20 @@ class Measure:
     """A number of each picture, and which way its classes count."""
 
     title: str
-    of: Callable[[Tensor], Tensor]  # pictures to `[N]`
+    of: Callable[..., Tensor]  # pictures to `[N]`
     features: str  # of a classifier that is to see it
     unit: str = ""
     falling: bool = False  # the last class holds the smallest values
+    networks: tuple[str, ...] = ()  # that it stands on: where they lie is said by settings of these names
+    published: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # edges, by number of classes
+
+    def bind(self, networks: Mapping[str, str]) -> "Measure":
+        """Return the measure on the networks that lie there."""
+        return replace(self, of=partial(self.of, **networks))
+
+    def published_edges(self, num_classes: int, side: int) -> tuple[float, ...] | None:
+        """Return CTRL's edges for so many classes of pictures of `side` pixels, where it has them."""
+        return self.published.get(num_classes) if side == PUBLISHED_SIZE else None
 
     def class_of(self, value: Tensor, edges: Tensor) -> Tensor:
         """Return the class of each value `[N]`, between rising edges `[K - 1]`: `[N]`, 0 to K - 1.
@@ -64,7 +79,17 @@ def colourfulness(images: Tensor) -> Tensor:
 
 
 MEASURES = {
-    "compressibility": Measure("JPEG size", jpeg_kilobytes, "dct", "kB", falling=True),
+    "compressibility": Measure(
+        "JPEG size",
+        jpeg_kilobytes,
+        "dct",
+        "kB",
+        falling=True,
+        published={2: (70.0,), 4: (60.0, 85.0, 110.0)},
+    ),
     "colourfulness": Measure("colourfulness", colourfulness, "colour"),
+    "aesthetic": Measure(
+        "aesthetic score", aesthetic_score, "clip", networks=("clip", "mlp"), published={2: (5.7,)}
+    ),
 }
-"""By name."""
+"""By name; one that stands on networks is to be bound to them before it measures."""

@@ -9,6 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from diffrl.errors import DiffRLError, unknown
+from diffrl.rewards.aesthetic import check_mlp
+from diffrl.rewards.clip import VIT_L_14
 from diffrl.rewards.fit import check_ceiling, fit_attribute
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES
@@ -18,11 +20,14 @@ from diffrl.rewards.measures import MEASURES
 class Multitask:
     """log p(y1|x) + log p(y2|x): two classes each of JPEG size and of colourfulness, 2 x 2 labels."""
 
+    # of compressibility, colourfulness and aesthetic; CTRL's are [compressibility,aesthetic]
     measures: list[str] = field(default_factory=lambda: ["compressibility", "colourfulness"])
-    edges: list[float] | None = None  # one a measure; null: medians of the pictures
+    edges: list[float] | None = None  # one a measure; null: CTRL's at 512 px (70 kB, 5.7), else medians
     num_pictures: int = 2048  # drawn from the pretrained policy where there is no dataset
     classifier: str | None = None  # path of a fitted one, instead of fitting
     ceiling: float = 1.0  # of each p(y|x): its reward is log min(p, ceiling)
+    clip: str = VIT_L_14  # of aesthetic: hub id, or a folder in the layout of transformers
+    mlp: str | None = None  # of aesthetic: path of LAION's sac+logos+ava1-l14-linearMSE.pth
 
     learned: ClassVar[bool] = True
 
@@ -38,6 +43,8 @@ class Multitask:
                 "each."
             )
         check_ceiling(self.ceiling, 2)
+        if "aesthetic" in self.measures:
+            check_mlp(self.mlp)
 
     @property
     def num_classes(self) -> tuple[int, ...]:
@@ -46,17 +53,24 @@ class Multitask:
 
     def fit(self, images: Tensor, seed: int, *, from_pretrained: bool) -> LogLikelihood:
         """Return the reward fitted to `images` `[M, 3, S, S]`; see `fit_attribute`."""
-        return LogLikelihood(
-            [
+        attributes = []
+        for number, name in enumerate(self.measures):
+            measure = MEASURES[name]
+            published = measure.published_edges(2, images.shape[-1])
+            attributes.append(
                 fit_attribute(
                     name,
                     images,
-                    None if self.edges is None else [self.edges[number]],
+                    published if self.edges is None else [self.edges[number]],
                     2,
-                    features=MEASURES[name].features,
+                    features=measure.features,
                     seed=seed,
                     from_pretrained=from_pretrained,
+                    networks=self._networks(name),
                 )
-                for number, name in enumerate(self.measures)
-            ]
-        )
+            )
+        return LogLikelihood(attributes)
+
+    def _networks(self, *measures: str) -> dict[str, str]:
+        """Return where the networks of these measures lie, by name."""
+        return {key: str(getattr(self, key)) for name in measures for key in MEASURES[name].networks}

@@ -1,4 +1,5 @@
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffrl.errors import DiffRLError
+from diffrl.rewards import multitask
 from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
 from diffrl.rewards.measures import MEASURES, colourfulness
@@ -133,11 +135,32 @@ class TestJoint:
             ({"measures": []}, "one at least"),
             ({"edges": [1.5]}, "1 for 2 measures"),
             ({"ceiling": 0.5}, "more than chance, 1/2"),
+            ({"measures": ["aesthetic"]}, "reward.mlp=null: the aesthetic score needs it"),
         ],
     )
     def test_impossible_settings_are_refused(self, settings, message):
         with pytest.raises(DiffRLError, match=message):
             Multitask(**settings)
+
+
+def test_published_edges_at_512_px_and_medians_elsewhere(monkeypatch, tmp_path):
+    fit = Mock()
+    monkeypatch.setattr(multitask, "fit_attribute", fit)
+    monkeypatch.setattr(multitask, "LogLikelihood", Mock())
+    (tmp_path / "mlp.pth").touch()
+    settings = {
+        "measures": ["compressibility", "aesthetic", "colourfulness"],
+        "clip": "here",
+        "mlp": str(tmp_path / "mlp.pth"),
+    }
+    large, small = torch.zeros(1, 3, 512, 512), torch.zeros(1, 3, 64, 64)
+    Multitask(**settings).fit(large, 0, from_pretrained=True)
+    Multitask(**settings).fit(small, 0, from_pretrained=True)
+    Multitask(**settings, edges=[1.0, 2.0, 3.0]).fit(large, 0, from_pretrained=True)
+    asked = [call.args[2] for call in fit.call_args_list]
+    assert asked == [(70.0,), (5.7,), None, None, None, None, [1.0], [2.0], [3.0]]
+    networks = [call.kwargs["networks"] for call in fit.call_args_list[:3]]
+    assert networks == [{}, {"clip": "here", "mlp": settings["mlp"]}, {}]
 
 
 def test_every_label_counts_the_last_attribute_fastest():
