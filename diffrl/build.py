@@ -120,7 +120,7 @@ class Setup:
     def _learned_reward(self, policy: Policy, *, refit: bool) -> LogLikelihood:
         chosen = self.config.reward
         if chosen.classifier:
-            reward = LogLikelihood.load(Path(chosen.classifier))
+            reward = chosen.load()
             known = [(a.classifier.num_classes, a.name) for a in reward.attributes]
             asked = list(zip(self.num_classes(), chosen.measures, strict=True))
             if known != asked:

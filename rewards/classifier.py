@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffrl.rewards.clip import load_clip
-from diffrl.rewards.measures import opponents
+from diffrl.errors import DiffRLError
+from diffrl.rewards.clip import load_clip, normalise
+from diffrl.rewards.measures import PUBLISHED_SIZE, opponents
 
 
 class ConvFeatures(nn.Module):
@@ -117,11 +118,46 @@ class ClipFeatures(nn.Module):
         return self.clip.embed_images(images)
 
 
+class ResidualFeatures(nn.Module):
+    """The body of the residual CNN that CTRL's authors have published: `[N, 3, 512, 512]` to `[N, 256]`.
+
+    Each of three blocks is relu(conv(relu(conv(x))) + shortcut(x)). Its batch norms are part of the
+    convolutions here: trained, they are nothing else.
+    """
+
+    size = 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for (narrow, wide), stride in zip(pairwise((3, 64, 128, self.size)), (1, 2, 2), strict=True):
+            block = {
+                "conv1": nn.Conv2d(narrow, wide, 3, stride, 1),
+                "conv2": nn.Conv2d(wide, wide, 3, 1, 1),
+                "shortcut": nn.Conv2d(narrow, wide, 1, stride),
+            }
+            self.blocks.append(nn.ModuleDict(block))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features of `images`, `[N, 256]`."""
+        if images.shape[-2:] != (PUBLISHED_SIZE, PUBLISHED_SIZE):
+            raise DiffRLError(
+                f"reward.classifier: CTRL's own reads pictures of {PUBLISHED_SIZE} px, these have "
+                f"{images.shape[-1]}. Use env=sd15, or leave reward.classifier out to fit one."
+            )
+        hidden = normalise(images)
+        for block in self.blocks:
+            inner = block["conv2"](F.relu(block["conv1"](hidden)))  # type: ignore[index]
+            hidden = F.relu(inner + block["shortcut"](hidden))  # type: ignore[index]
+        return hidden.mean((2, 3))
+
+
 FEATURES: dict[str, type[Any]] = {
     "dct": BlockDCTFeatures,
     "colour": ColourFeatures,
     "cnn": ConvFeatures,
     "clip": ClipFeatures,
+    "residual": ResidualFeatures,
 }
 
 

@@ -12,6 +12,7 @@ from diffrl.errors import DiffRLError, unknown
 from diffrl.rewards.fit import check_ceiling, fit_attribute
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES
+from diffrl.rewards.published import load_reward
 
 _FEATURES = ("dct", "cnn")
 
@@ -24,7 +25,7 @@ class Compressibility:
     num_classes: int = 4  # where the edges are quantiles
     num_pictures: int = 2048  # drawn from the pretrained policy where there is no dataset
     features: str = "dct"  # of the classifier: dct or cnn
-    classifier: str | None = None  # path of a fitted one, instead of fitting
+    classifier: str | None = None  # path of a fitted one, or of CTRL's .pth, instead of fitting
     ceiling: float = 1.0  # of p(y|x): the reward is log min(p, ceiling)
 
     learned: ClassVar[bool] = True
@@ -40,6 +41,10 @@ class Compressibility:
         if self.features not in _FEATURES:
             raise unknown("reward.features", self.features, _FEATURES)
         check_ceiling(self.ceiling, self.num_classes)
+
+    def load(self) -> LogLikelihood:
+        """Return the reward of the file `classifier`."""
+        return load_reward([str(self.classifier)], self.measures, {})
 
     def fit(self, images: Tensor, seed: int, *, from_pretrained: bool) -> LogLikelihood:
         """Return the reward fitted to `images` `[M, 3, S, S]`; see `fit_attribute`."""

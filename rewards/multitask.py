@@ -4,7 +4,7 @@ Source: CTRL, arXiv:2406.12120, section 6.2, whose second measure is the LAION a
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from diffrl.rewards.clip import VIT_L_14
 from diffrl.rewards.fit import check_ceiling, fit_attribute
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES
+from diffrl.rewards.published import load_reward
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Multitask:
     measures: list[str] = field(default_factory=lambda: ["compressibility", "colourfulness"])
     edges: list[float] | None = None  # one a measure; null: CTRL's at 512 px (70 kB, 5.7), else medians
     num_pictures: int = 2048  # drawn from the pretrained policy where there is no dataset
-    classifier: str | None = None  # path of a fitted one, instead of fitting
+    classifier: Any = None  # path of a fitted one, or of CTRL's .pth, [one,a measure], instead of fitting
     ceiling: float = 1.0  # of each p(y|x): its reward is log min(p, ceiling)
     clip: str = VIT_L_14  # of aesthetic: hub id, or a folder in the layout of transformers
     mlp: str | None = None  # of aesthetic: path of LAION's sac+logos+ava1-l14-linearMSE.pth
@@ -50,6 +51,11 @@ class Multitask:
     def num_classes(self) -> tuple[int, ...]:
         """Two of each measure."""
         return (2,) * len(self.measures)
+
+    def load(self) -> LogLikelihood:
+        """Return the reward of the file `classifier`, or of CTRL's, one a measure."""
+        paths = self.classifier if isinstance(self.classifier, list) else [self.classifier]
+        return load_reward([str(path) for path in paths], self.measures, self._networks(*self.measures))
 
     def fit(self, images: Tensor, seed: int, *, from_pretrained: bool) -> LogLikelihood:
         """Return the reward fitted to `images` `[M, 3, S, S]`; see `fit_attribute`."""
