@@ -45,6 +45,7 @@ from diffrl.rewards.closed_form import Gaussian, Softmax
 from diffrl.rewards.compressibility import Compressibility
 from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
 from diffrl.rewards.multitask import Multitask
+from diffrl.rewards.vlm import VLM
 
 GROUPS: dict[str, dict[str, type]] = {
     "algo": {
@@ -65,6 +66,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "jpeg_incompressible": JpegIncompressible,
         "multitask": Multitask,
         "softmax": Softmax,
+        "vlm": VLM,
     },
     "guidance": {
         "none": Unguided,
