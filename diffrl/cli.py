@@ -113,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--out", type=Path, default=Path("report.html"), help="(default report.html)")
 
+    imported = add(
+        "import-ctrl", _import_ctrl, "make a run of a checkpoint that CTRL's authors have published"
+    )
+    imported.add_argument(
+        "source", type=Path, metavar="DIR", help="with pytorch_lora_weights and class_embedding.pth"
+    )
+    chosen = "reward.classifier=PATH.pth, and others over +experiment=ctrl_paper"
+    imported.add_argument("words", nargs="*", metavar="key=value", help=chosen)
+
     add("list", _list, "show what can be chosen: algorithms, envs, rewards, presets, suites, prompt lists")
     return parser
 
@@ -242,6 +251,14 @@ def _report(options: argparse.Namespace) -> None:
 
     path = write(options.sources, options.out)
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
+def _import_ctrl(options: argparse.Namespace) -> None:
+    from diffrl.import_ctrl import import_checkpoint
+    from diffrl.log import console
+
+    folder = import_checkpoint(options.source, options.words)
+    console.print(f"[bold]{folder}[/]: next, diffrl eval {folder}")
 
 
 def _verify(records: list[dict[str, Any]], suite: Any, folder: Path) -> None:

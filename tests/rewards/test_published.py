@@ -1,11 +1,9 @@
-"""Classifier files in the layout of CTRL's authors, made here."""
-
 import pytest
 import torch
 from conftest import assert_close
+from ctrl_files import residual, write_classifier
 from test_cli import fails
 from tiny_clip import head, head_state, write_clip
-from torch import nn
 from torch.nn import functional as F
 
 from diffrl.errors import DiffRLError
@@ -15,49 +13,6 @@ from diffrl.rewards.compressibility import Compressibility
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.multitask import Multitask
 from diffrl.types import Context
-
-
-class Block(nn.Module):
-    """One of the three, as the paper's code names its parts, with batch norm as it was trained."""
-
-    def __init__(self, narrow, wide, stride):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(narrow, wide, 3, stride, 1, bias=False), nn.BatchNorm2d(wide)
-        self.conv2, self.bn2 = nn.Conv2d(wide, wide, 3, 1, 1, bias=False), nn.BatchNorm2d(wide)
-        self.shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
-
-    def forward(self, x):
-        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(inner + self.shortcut(x))
-
-
-class Network(nn.Module):
-    def __init__(self, logits):
-        super().__init__()
-        self.layer1, self.layer2, self.layer3 = Block(3, 64, 1), Block(64, 128, 2), Block(128, 256, 2)
-        self.fc = nn.Linear(256, logits)
-
-    def forward(self, x):
-        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
-
-
-def residual(logits):
-    """A network whose batch norms have seen something, in evaluation."""
-    torch.manual_seed(0)
-    network = Network(logits)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    return network.eval().requires_grad_(False)
-
-
-def write(path, network, temperature, state=None):
-    scaler = {"temperature": torch.tensor([temperature])}
-    torch.save({"model_state_dict": state or network.state_dict(), "scaler": scaler}, path)
-    return str(path)
 
 
 def context(*labels):
@@ -70,7 +25,7 @@ def aesthetic(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aesthetic")
     torch.save(head_state(head(1)), folder / "mlp.pth")
     network = head(3, seed=1)
-    path = write(folder / "aesthetic.pth", network, 0.25, head_state(network))
+    path = write_classifier(folder / "aesthetic.pth", network, 0.25, head_state(network))
     settings = {"clip": write_clip(folder / "clip"), "mlp": str(folder / "mlp.pth")}
     return settings, path, network
 
@@ -80,7 +35,7 @@ class TestResidual:
         """Over all five logits, of which the last is of no class: so its authors have it."""
         monkeypatch.setattr(classifier, "PUBLISHED_SIZE", 64)  # of the pictures: much faster
         network = residual(5)
-        path = write(tmp_path / "five.pth", network, 0.5)
+        path = write_classifier(tmp_path / "five.pth", network, 0.5)
         reward = Compressibility(classifier=path).load()
         assert reward.num_classes == (4,)
         assert reward.attributes[0].edges.tolist() == [60.0, 85.0, 110.0]
@@ -94,7 +49,7 @@ class TestResidual:
         assert_close(reward(image, context([2])), expected[:, 2], atol=1e-4)
 
     def test_three_logits_are_two_classes_at_70_kb(self, tmp_path):
-        path = write(tmp_path / "three.pth", residual(3), 1.5)
+        path = write_classifier(tmp_path / "three.pth", residual(3), 1.5)
         reward = Compressibility(num_classes=2, classifier=path).load()
         (attribute,) = reward.attributes
         assert (reward.num_classes, attribute.edges.tolist()) == ((2,), [70.0])
@@ -103,12 +58,16 @@ class TestResidual:
         assert attribute.measure.class_of(sizes, attribute.edges).tolist() == [1, 1, 0]
 
     def test_pictures_of_another_size_are_refused(self, tmp_path):
-        reward = Compressibility(classifier=write(tmp_path / "five.pth", residual(5), 1.0)).load()
+        reward = Compressibility(
+            classifier=write_classifier(tmp_path / "five.pth", residual(5), 1.0)
+        ).load()
         with pytest.raises(DiffRLError, match="reads pictures of 512 px, these have 64"):
             reward(torch.rand(1, 3, 64, 64), context([0]))
 
     def test_saved_among_ours_it_is_the_same(self, tmp_path):
-        reward = Compressibility(classifier=write(tmp_path / "five.pth", residual(5), 0.5)).load()
+        reward = Compressibility(
+            classifier=write_classifier(tmp_path / "five.pth", residual(5), 0.5)
+        ).load()
         reward.save(tmp_path / "ours.safetensors")
         loaded = LogLikelihood.load(tmp_path / "ours.safetensors")
         for name, tensor in reward.state_dict().items():
@@ -125,23 +84,23 @@ class TestResidual:
             DiffRLError, match=r"bare\.pth: not one of CTRL's .* 'model_state_dict' is missing"
         ):
             Compressibility(classifier=str(tmp_path / "bare.pth")).load()
-        path = write(tmp_path / "seven.pth", residual(7), 1.0)
+        path = write_classifier(tmp_path / "seven.pth", residual(7), 1.0)
         with pytest.raises(
             DiffRLError, match="has 7 logits; CTRL's classifiers of compressibility have 3 or 5"
         ):
             Compressibility(classifier=path).load()
         state = network.state_dict()
         del state["layer2.bn1.running_var"]
-        path = write(tmp_path / "holed.pth", network, 1.0, state)
+        path = write_classifier(tmp_path / "holed.pth", network, 1.0, state)
         with pytest.raises(DiffRLError, match=r"'layer2\.bn1\.running_var' is missing"):
             Compressibility(classifier=path).load()
         state = network.state_dict() | {"layer3.conv1.weight": torch.zeros(256, 64, 3, 3)}
-        path = write(tmp_path / "narrow.pth", network, 1.0, state)
+        path = write_classifier(tmp_path / "narrow.pth", network, 1.0, state)
         with pytest.raises(DiffRLError, match=r"shape \[256, 64, 3, 3\]; of .* it is \[256, 128, 3, 3\]"):
             Compressibility(classifier=path).load()
 
     def test_another_number_of_classes_than_the_settings_is_refused(self, capsys, tmp_path, tiny_path):
-        path = write(tmp_path / "three.pth", residual(3), 1.0)
+        path = write_classifier(tmp_path / "three.pth", residual(3), 1.0)
         words = ["env=sd15", f"env.model={tiny_path}", f"root={tmp_path}", f"reward.classifier={path}"]
         assert "it knows 2 classes of compressibility, this reward has 4" in fails(capsys, "train", *words)
 
@@ -160,7 +119,7 @@ class TestAesthetic:
 
     def test_with_that_of_compressibility_it_is_ctrl_s_multitask(self, aesthetic, tmp_path):
         settings, path, _ = aesthetic
-        size = write(tmp_path / "three.pth", residual(3), 1.0)
+        size = write_classifier(tmp_path / "three.pth", residual(3), 1.0)
         chosen = Multitask(["compressibility", "aesthetic"], classifier=[size, path], **settings)
         reward = chosen.load()
         assert reward.num_classes == chosen.num_classes
