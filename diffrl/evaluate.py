@@ -97,7 +97,8 @@ def _control(reward: LogLikelihood, target: Tensor, true: Tensor) -> dict[str, A
         "per_class": (confusion.diagonal() / confusion.sum(1).clip(min=1)).tolist(),
     }
     if len(reward.attributes) > 1:
-        columns = zip(reward.attributes, target.unbind(1), true.unbind(1), strict=True)
+        split = (reward.split(label).unbind(1) for label in (target, true))
+        columns = zip(reward.attributes, *split, strict=True)
         for attribute, own_target, own in columns:
             own_labels = list(range(attribute.classifier.num_classes))
             for name, value in _scores(own_target, own, own_labels).items():

@@ -45,7 +45,14 @@ def import_checkpoint(source: Path, words: list[str]) -> Path:
         has = " x ".join(map(str, reward.num_classes))
         raise DiffRLError(
             f"{source / _EMBEDDING_FILE}: has {len(table) - 1} labels, the reward {has}. Give the "
-            "classifier it was trained with."
+            "classifier it was trained with; of CTRL's multitask, reward.joint=true."
+        )
+    run_name = source.resolve().parts[-3:]  # multitask_bs=512/checkpoints/checkpoint_47
+    if any(part.startswith("multitask") for part in run_name) and not reward.joint:
+        raise DiffRLError(
+            f"{source}: of CTRL's multitask, whose label is 2 aesthetic + compressibility. Give "
+            "reward=multitask reward.joint=true reward.measures=[aesthetic,compressibility], and the "
+            "classifier of each."
         )
     config.policy.rank = next(len(down) for name, down in lora.items() if name.endswith("lora_A.weight"))
     folder = Path(config.root) / (config.name or source.resolve().name)

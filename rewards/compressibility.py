@@ -44,7 +44,7 @@ class Compressibility:
 
     def load(self) -> LogLikelihood:
         """Return the reward of the file `classifier`."""
-        return load_reward([str(self.classifier)], self.measures, {})
+        return load_reward([str(self.classifier)], {self.measures[0]: self.num_classes}, {})
 
     def fit(self, images: Tensor, seed: int, *, from_pretrained: bool) -> LogLikelihood:
         """Return the reward fitted to `images` `[M, 3, S, S]`; see `fit_attribute`."""

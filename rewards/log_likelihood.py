@@ -120,27 +120,50 @@ class LogLikelihood(nn.Module):
         attributes: in the label's order.
         ceiling: c in (0, 1]. The reward of each is log min(p(y|x), c): past what the classifier can tell,
             it asks for nothing more, and the KL alone moves the picture.
+        joint: the label is one number, of the combination of classes; the last attribute counts fastest.
     """
 
     differentiable: ClassVar[bool] = True
 
-    def __init__(self, attributes: Sequence[Attribute], ceiling: float = 1.0) -> None:
+    def __init__(
+        self, attributes: Sequence[Attribute], ceiling: float = 1.0, *, joint: bool = False
+    ) -> None:
         super().__init__()
         self.attributes: Sequence[Attribute] = nn.ModuleList(attributes)  # type: ignore[assignment]
-        self.ceiling = ceiling
-        self.num_classes = tuple(attribute.classifier.num_classes for attribute in attributes)
+        self.ceiling, self.joint = ceiling, joint
+
+    @property
+    def num_classes(self) -> tuple[int, ...]:
+        """Of each attribute of the label; of a joint one, their product."""
+        counts = self._counts
+        return (math.prod(counts),) if self.joint else counts
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        return tuple(attribute.classifier.num_classes for attribute in self.attributes)
+
+    def split(self, label: Tensor) -> Tensor:
+        """Return the class of each attribute, `[N, A]`, of labels `[N, A]` or joint ones `[N, 1]`."""
+        if not self.joint:
+            return label
+        classes = torch.stack(torch.unravel_index(label[:, 0].clamp(min=0), self._counts), 1)
+        return torch.where(label == NO_LABEL, label, classes)
 
     def forward(self, images: Tensor, context: Context) -> Tensor:
         """Return sum_a log min(p(y_a|x), ceiling) in nats, `[N]`; 0 for those that are NO_LABEL."""
         own = [
             of_label(self._capped(attribute.classifier(images)), label)
-            for attribute, label in zip(self.attributes, context.label.unbind(1), strict=True)
+            for attribute, label in zip(self.attributes, self.split(context.label).unbind(1), strict=True)
         ]
         return torch.stack(own).sum(0)
 
     def true_class(self, images: Tensor) -> Tensor:
-        """Return the classes by the true measures, never by a classifier, `[N, A]`."""
-        return torch.stack([attribute.true_class(images) for attribute in self.attributes], 1)
+        """Return the label by the true measures, never by a classifier, `[N, A]`, or `[N, 1]` if joint."""
+        classes = torch.stack([attribute.true_class(images) for attribute in self.attributes], 1)
+        if not self.joint:
+            return classes
+        strides = [math.prod(self._counts[place + 1 :]) for place in range(len(self._counts))]
+        return (classes * torch.tensor(strides)).sum(1, keepdim=True)
 
     def draw_label(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the true classes, `[N, A]`: nothing is random about them."""
@@ -166,7 +189,12 @@ class LogLikelihood(nn.Module):
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file."""
         attributes = [attribute.facts() for attribute in self.attributes]
-        config = {"layout": LAYOUT, "ceiling": self.ceiling, "attributes": attributes}
+        config = {
+            "layout": LAYOUT,
+            "ceiling": self.ceiling,
+            "joint": self.joint,
+            "attributes": attributes,
+        }
         tensors = {name: t.cpu().contiguous() for name, t in self.state_dict().items()}
         draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it at once
         save_file(tensors, draft, metadata={"diffrl.classifier": json.dumps(config)})
@@ -196,7 +224,7 @@ class LogLikelihood(nn.Module):
                     "now. Put those back, or run 'diffrl fit' again."
                 )
             attributes.append(attribute)
-        reward = cls(attributes, config["ceiling"])
+        reward = cls(attributes, config["ceiling"], joint=config.get("joint", False))
         reward.load_state_dict(tensors)
         return reward
 

@@ -27,6 +27,7 @@ class Multitask:
     num_pictures: int = 2048  # drawn from the pretrained policy where there is no dataset
     classifier: Any = None  # path of a fitted one, or of CTRL's .pth, [one,a measure], instead of fitting
     ceiling: float = 1.0  # of each p(y|x): its reward is log min(p, ceiling)
+    joint: bool = False  # one embedding each combination, as in CTRL's code, not the sum of one a measure
     clip: str = VIT_L_14  # of aesthetic: hub id, or a folder in the layout of transformers
     mlp: str | None = None  # of aesthetic: path of LAION's sac+logos+ava1-l14-linearMSE.pth
 
@@ -49,13 +50,17 @@ class Multitask:
 
     @property
     def num_classes(self) -> tuple[int, ...]:
-        """Two of each measure."""
-        return (2,) * len(self.measures)
+        """Two of each measure; of a joint label, their combinations."""
+        count = len(self.measures)
+        return (2**count,) if self.joint else (2,) * count
 
     def load(self) -> LogLikelihood:
         """Return the reward of the file `classifier`, or of CTRL's, one a measure."""
         paths = self.classifier if isinstance(self.classifier, list) else [self.classifier]
-        return load_reward([str(path) for path in paths], self.measures, self._networks(*self.measures))
+        asked = dict.fromkeys(self.measures, 2)
+        reward = load_reward([str(path) for path in paths], asked, self._networks(*self.measures))
+        reward.joint = self.joint
+        return reward
 
     def fit(self, images: Tensor, seed: int, *, from_pretrained: bool) -> LogLikelihood:
         """Return the reward fitted to `images` `[M, 3, S, S]`; see `fit_attribute`."""
@@ -75,7 +80,7 @@ class Multitask:
                     networks=self._networks(name),
                 )
             )
-        return LogLikelihood(attributes)
+        return LogLikelihood(attributes, joint=self.joint)
 
     def _networks(self, *measures: str) -> dict[str, str]:
         """Return where the networks of these measures lie, by name."""

@@ -20,28 +20,38 @@ from diffrl.rewards.weights import read_head, read_weights
 
 
 def load_reward(
-    paths: Sequence[str], measures: Sequence[str], networks: Mapping[str, str]
+    paths: Sequence[str], asked: Mapping[str, int], networks: Mapping[str, str]
 ) -> LogLikelihood:
     """Return the reward that lies in `paths`.
 
     Args:
         paths: one `.safetensors` file of ours, or one of CTRL's `.pth` files a measure, in their order.
-        measures: of `MEASURES`, in the label's order.
+        asked: the number of classes of each measure, in the label's order.
         networks: where those lie that a measure stands on, by name.
 
     Raises:
-        DiffRLError: no such file, not a classifier's, or not one file a measure.
+        DiffRLError: no such file, not a classifier's, not one file a measure, or other classes.
     """
+    given = ",".join(paths)
     if len(paths) == 1 and Path(paths[0]).suffix == ".safetensors":
-        return LogLikelihood.load(Path(paths[0]))
-    if len(paths) != len(measures):
-        raise DiffRLError(
-            f"reward.classifier={','.join(paths)}: {len(paths)} file(s), {len(measures)} measure(s); give "
-            f"one .safetensors of 'diffrl fit', or one .pth each of {', '.join(measures)}."
+        reward = LogLikelihood.load(Path(paths[0]))
+    elif len(paths) == len(asked):
+        reward = LogLikelihood(
+            [_attribute(Path(path), name, networks) for path, name in zip(paths, asked, strict=True)]
         )
-    return LogLikelihood(
-        [_attribute(Path(path), name, networks) for path, name in zip(paths, measures, strict=True)]
-    )
+    else:
+        raise DiffRLError(
+            f"reward.classifier={given}: {len(paths)} file(s), {len(asked)} measure(s); give one "
+            f".safetensors of 'diffrl fit', or one .pth each of {', '.join(asked)}."
+        )
+    known = [(attribute.name, attribute.classifier.num_classes) for attribute in reward.attributes]
+    if known != list(asked.items()):
+        has, wants = (" and ".join(f"{n} classes of {m}" for m, n in c) for c in (known, asked.items()))
+        raise DiffRLError(
+            f"reward.classifier={given}: it knows {has}, this reward has {wants}. Choose the reward and "
+            "the number of classes that it was fitted for."
+        )
+    return reward
 
 
 def _attribute(path: Path, name: str, networks: Mapping[str, str]) -> Attribute:

@@ -18,7 +18,7 @@ def likelihood(*counts):
         SimpleNamespace(name=n, classifier=c)
         for n, c in zip(names[: len(counts)], classifiers, strict=True)
     ]
-    return SimpleNamespace(num_classes=counts, attributes=attributes)
+    return SimpleNamespace(num_classes=counts, attributes=attributes, split=lambda label: label)
 
 
 class TestControl:

@@ -8,6 +8,7 @@ from conftest import assert_close
 from ctrl_files import residual, write_classifier
 from safetensors.torch import save_file
 from test_cli import fails
+from tiny_clip import head, head_state, write_clip
 
 from diffrl import run
 from diffrl.cli import main
@@ -45,8 +46,8 @@ def classifier(tmp_path):
 
 def settings(tmp_path, tiny_path, classifier):
     return [
-        f"root={tmp_path}", "name=theirs", f"env.model={tiny_path}", "env.num_steps=2", "device=cpu", "eval_batch=4",
-        f"reward.classifier={classifier}",
+        f"root={tmp_path}", "name=theirs", f"env.model={tiny_path}", "env.num_steps=2", "device=cpu",
+        "eval_batch=4", f"reward.classifier={classifier}",
     ]  # fmt: skip
 
 
@@ -99,6 +100,29 @@ def test_the_run_is_sampled_and_measured(tmp_path, tiny, tiny_path, capsys):
     capsys.readouterr()
     assert main(["eval", folder, "-n", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 4
+
+
+def test_of_their_multitask_the_label_is_joint(tmp_path, tiny, tiny_path, capsys):
+    torch.save(head_state(head(1)), tmp_path / "mlp.pth")
+    network = head(3)
+    ours = write_classifier(tmp_path / "aesthetic.pth", network, 1.0, head_state(network))
+    size = write_classifier(tmp_path / "CNN_3class.pth", residual(3), 1.0)
+    _, table = checkpoint(tmp_path / "multitask_bs=512", tiny.unet)
+    command = ["import-ctrl", str(tmp_path / "multitask_bs=512")]
+    single = write_classifier(tmp_path / "CNN_5class.pth", residual(5), 1.0)
+    line = fails(capsys, *command, *settings(tmp_path, tiny_path, single))
+    assert "of CTRL's multitask, whose label is 2 aesthetic + compressibility" in line
+    words = [
+        "reward=multitask", "reward.measures=[aesthetic,compressibility]", f"reward.mlp={tmp_path}/mlp.pth",
+        f"reward.clip={write_clip(tmp_path / 'clip')}",
+    ]  # fmt: skip
+    words += settings(tmp_path, tiny_path, f"[{ours},{size}]")
+    assert "has 4 labels, the reward 2 x 2" in fails(capsys, *command, *words)
+    assert main([*command, *words, "reward.joint=true"]) == 0
+    _, policy, reward = run.restore(tmp_path / "theirs", {})
+    assert_close(policy.label_embedding(torch.tensor([[2], [NO_LABEL]])), table[[2, 4]], atol=0)
+    assert reward.split(torch.tensor([[2]])).tolist() == [[1, 0]]
+    assert [attribute.name for attribute in reward.attributes] == ["aesthetic", "compressibility"]
 
 
 class Malice:

@@ -110,6 +110,21 @@ class TestJoint:
         columns = [a.measure.class_of(a.measure.of(images), a.edges) for a in reward.attributes]
         assert reward.true_class(images).tolist() == torch.stack(columns, 1).tolist()
 
+    def test_of_a_joint_label_the_last_attribute_counts_fastest(self, reward, tmp_path):
+        """CTRL's code: y = 2 aesthetic + compressibility."""
+        images, labels = pictures(4, seed=1), every_label((2, 2))
+        joint = LogLikelihood(reward.attributes, joint=True)
+        assert (joint.num_classes, Multitask(joint=True).num_classes) == ((4,), (4,))
+        numbers = context([0], [1], [2], [3])
+        assert joint.split(numbers.label).tolist() == labels.tolist()
+        assert_close(joint(images, numbers), reward(images, context(*labels.tolist())), atol=0)
+        assert joint(images, context(*[[NO_LABEL]] * 4)).tolist() == [0.0] * 4
+        first, second = reward.true_class(pictures(20, seed=2)).unbind(1)
+        assert joint.true_class(pictures(20, seed=2)).tolist() == (2 * first + second)[:, None].tolist()
+        joint.save(tmp_path / "joint.safetensors")
+        assert LogLikelihood.load(tmp_path / "joint.safetensors").num_classes == (4,)
+        assert Multitask(classifier=str(tmp_path / "joint.safetensors")).load().num_classes == (2, 2)
+
     def test_saving_and_loading_gives_the_same_reward(self, reward, tmp_path):
         reward.save(tmp_path / "c.safetensors")
         loaded = LogLikelihood.load(tmp_path / "c.safetensors")
