@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from diffrl import __version__, processes
+from diffrl import __version__, datasets, processes
 from diffrl import config as settings
 from diffrl.algorithms.guidance.base import Guidance
 from diffrl.algorithms.untrained import Untrained
 from diffrl.backbones.loading import fingerprint
 from diffrl.cache import cache_folder
 from diffrl.config import Config
+from diffrl.datasets import Entry, PictureFiles
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.envs.prompts import load_prompts
 from diffrl.errors import DiffRLError
@@ -33,8 +33,8 @@ from diffrl.rollout import rollout
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _DRAW_BATCH = 64
+_FEW = 100  # pictures of a class
 
 
 class Setup:
@@ -53,10 +53,14 @@ class Setup:
             console.print("env.random_weights=true: for speed and memory alone; the result means nothing.")
         self.prompts = load_prompts(config.prompts)
         self.eval_prompts = load_prompts(config.eval_prompts or config.prompts)
+        entries = self._read_dataset()
         self.backbone: Backbone = config.env.load().to(self.device)
         self.schedule = DDIMSchedule(self.backbone.scheduler, config.env.num_steps, config.env.eta).to(
             self.device
         )
+        self.dataset: PictureFiles | None = None
+        if entries is not None:
+            self.dataset = PictureFiles(entries, self.backbone.image_size, config.dataset_workers)
 
     def make_policy(self, num_classes: tuple[int, ...]) -> Policy:
         """Return the policy: the pretrained model with fresh adapters and no control learnt yet."""
@@ -127,11 +131,25 @@ class Setup:
             if path.is_file() and not refit:
                 console.print(f"classifier: from the cache, {path}")
                 return LogLikelihood.load(path)
-            drawn = self.config.dataset is None
-            images = self._draw(policy, chosen.num_pictures) if drawn else self._read_folder()
-            reward = chosen.fit(images, self.config.seed, from_pretrained=drawn)
+            if self.dataset is None:
+                drawn = self._draw(policy, chosen.num_pictures)
+                reward = chosen.fit(drawn, self.config.seed, from_pretrained=True)
+            else:
+                console.print(f"dataset: reading {len(self.dataset)} pictures of {self.config.dataset}")
+                reward = chosen.fit(self.dataset, self.config.seed, from_pretrained=False)
+                _warn(self.dataset, reward)
             reward.save(path)
         return reward
+
+    def _read_dataset(self) -> list[Entry] | None:
+        """Return what `dataset` holds, no picture opened yet."""
+        if self.config.dataset is None:
+            return None
+        measures = getattr(self.config.reward, "measures", [])
+        entries, notes = datasets.read(Path(self.config.dataset), measures, self.num_classes())
+        for note in notes:
+            console.print(f"dataset={self.config.dataset}: {note}")
+        return entries
 
     def _draw(self, policy: Policy, count: int) -> Tensor:
         """Return `count` pictures of the pretrained model, uint8: CTRL's offline dataset."""
@@ -145,34 +163,36 @@ class Setup:
                 bar.advance(env.num_envs)
         return torch.cat(pictures)[:count]
 
-    def _read_folder(self) -> Tensor:
-        """Return the pictures of `dataset`, uint8, all resized to the model's side."""
-        folder, side = Path(str(self.config.dataset)), self.backbone.image_size
-        pictures = []
-        for path in _picture_files(folder):
-            try:
-                with Image.open(path) as picture:
-                    pixels = np.array(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
-            except (UnidentifiedImageError, OSError) as error:
-                raise DiffRLError(f"{path}: not a whole picture ({error}). Remove it.") from error
-            pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
-        return torch.stack(pictures)
-
     def _reward_key(self) -> str:
         """Return a hash of all that decides the classifier: model, sampler, prompts, data, settings."""
         config, digest = self.config, hashlib.sha256()
         fitted = asdict(config.reward)
         del fitted["ceiling"]  # of the reward, not of its classifier
         facts = [__version__, LAYOUT, settings.chosen(config, "reward"), fitted, config.seed]
-        if config.dataset is None:
+        if self.dataset is None:
             env = asdict(config.env) | {"model": fingerprint(config.env.model)}
             facts += [env, self.prompts, str(self.device.type)]
         else:
-            facts.append(self.backbone.image_size)
-            for path in _picture_files(Path(config.dataset)):
-                digest.update(path.name.encode() + path.read_bytes())
+            facts.append(self.dataset.fingerprint())
         digest.update(json.dumps(facts, sort_keys=True).encode())
         return digest.hexdigest()[:32]
+
+
+def _warn(dataset: PictureFiles, reward: LogLikelihood) -> None:
+    """Tell of pictures that could not be read, and of classes with hardly any."""
+    if lost := dataset.unreadable:
+        console.print(
+            f"[yellow]dataset[/]: {len(lost)} of {len(dataset)} pictures cannot be read and are left out, "
+            f"the first is {dataset.entries[min(lost)].path}"
+        )
+    for attribute in reward.attributes:
+        counts = attribute.report.class_counts
+        if min(counts) < _FEW:
+            console.print(
+                f"[yellow]{attribute.name}[/]: only {min(counts)} pictures of class "
+                f"{counts.index(min(counts))}, of {list(counts)} in all; below {_FEW} a class its "
+                "classifier is hardly to be trusted"
+            )
 
 
 def is_learned(reward: object) -> bool:
@@ -215,8 +235,10 @@ def check(config: Config) -> None:
         )
     _check_guidance(config)
     _check_space(config)
-    if config.dataset is not None:
-        _picture_files(Path(config.dataset))
+    if config.dataset is not None and getattr(config.env, "num_dims", None) is not None:
+        raise DiffRLError(
+            f"dataset={config.dataset}: for pictures, and this env makes points. Leave it out."
+        )
 
 
 def _check_guidance(config: Config) -> None:
@@ -251,21 +273,6 @@ def _check_space(config: Config) -> None:
             "Use reward=softmax." if theirs is None else "Give its slopes or observations as many numbers."
         )
     raise DiffRLError(f"env={env} reward={reward}: the env makes {made}, the reward scores {scored}. {fix}")
-
-
-def _picture_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DiffRLError(f"dataset={folder}: no such folder. Give a folder of pictures.")
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    stray = [path.name for path in files if path.suffix.lower() not in _SUFFIXES]
-    if not files:
-        raise DiffRLError(f"dataset={folder}: the folder is empty. Put {', '.join(_SUFFIXES)} into it.")
-    if stray:
-        raise DiffRLError(
-            f"dataset={folder}: {stray[0]!r} is not a picture ({len(stray)} of {len(files)} entries are "
-            f"not). Keep only {', '.join(_SUFFIXES)} files in it."
-        )
-    return files
 
 
 def _device(name: str) -> torch.device:

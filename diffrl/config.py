@@ -94,7 +94,8 @@ class Config:
     policy: LoRA = field(default_factory=LoRA)
     prompts: str = "simple_animals"  # a list by name, or a text file with one prompt per line
     eval_prompts: str | None = None  # of evaluations, such as eval_animals; null: the same
-    dataset: str | None = None  # folder of pictures to fit the reward on; null: drawn from the model
+    dataset: str | None = None  # AVA, metadata.csv or .jsonl, or pictures; null: drawn from the model
+    dataset_workers: int = 0  # processes that read its pictures; 0: this one
     clip: str | None = None  # folder of a CLIP model, for CLIPScore
     seed: int = 0
     resume: str = "never"  # or auto: go on with the run of this name, if it is there

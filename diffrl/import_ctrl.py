@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffrl import config as settings
-from diffrl.checkpoint import CONTROL_FILE
 from diffrl.errors import DiffRLError
+from diffrl.restore import CLASSIFIER_FILE, CONFIG_FILE
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.weights import read_weights
-from diffrl.run import CLASSIFIER_FILE, CONFIG_FILE
+from diffrl.weights import CONTROL_FILE
 
 _LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _EMBEDDING_FILE = "class_embedding.pth"

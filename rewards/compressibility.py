@@ -6,8 +6,7 @@ Source: CTRL, arXiv:2406.12120, section 6.1.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
+from diffrl.datasets import Pictures
 from diffrl.errors import DiffRLError, unknown
 from diffrl.rewards.fit import check_ceiling, fit_attribute
 from diffrl.rewards.log_likelihood import LogLikelihood
@@ -46,8 +45,8 @@ class Compressibility:
         """Return the reward of the file `classifier`."""
         return load_reward([str(self.classifier)], {self.measures[0]: self.num_classes}, {})
 
-    def fit(self, images: Tensor, seed: int, *, from_pretrained: bool) -> LogLikelihood:
-        """Return the reward fitted to `images` `[M, 3, S, S]`; see `fit_attribute`."""
+    def fit(self, images: Pictures, seed: int, *, from_pretrained: bool) -> LogLikelihood:
+        """Return the reward fitted to a data set or `[M, 3, S, S]`; see `fit_attribute`."""
         (measure,) = self.measures
         published = MEASURES[measure].published_edges(self.num_classes, images.shape[-1])
         attribute = fit_attribute(

@@ -1,19 +1,22 @@
 """Step 1 of CTRL: fit p(y|x) to labelled pictures, calibrate it on the held-out part.
 
-Shapes: M pictures `[M, 3, H, W]` in [0, 1] or uint8, K classes.
+Shapes: M pictures `[M, 3, S, S]` that can be read, F features, K classes.
 Source: CTRL, arXiv:2406.12120, algorithm 1 and appendix; temperature scaling, arXiv:1706.04599.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffrl import datasets
+from diffrl.datasets import Pictures
 from diffrl.errors import DiffRLError
 from diffrl.rewards.classifier import Classifier
-from diffrl.rewards.log_likelihood import Attribute, FitReport
-from diffrl.rewards.measures import MEASURES
+from diffrl.rewards.log_likelihood import Attribute, FitReport, score_of
+from diffrl.rewards.measures import MEASURES, Measure
 
 HELD_OUT = 0.2  # CTRL: an 80/20 split
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 60, 64, 3e-3, 1.0  # chosen: held-out NLL on emoji
@@ -21,7 +24,7 @@ EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 60, 64, 3e-3, 1.0  # chosen: held-o
 
 def fit_attribute(
     measure: str,
-    images: Tensor,
+    images: Pictures,
     edges: Sequence[float] | None,
     num_classes: int,
     *,
@@ -30,12 +33,16 @@ def fit_attribute(
     from_pretrained: bool,
     networks: Mapping[str, str] | None = None,
 ) -> Attribute:
-    """Label `images` by their true measure, fit and calibrate p(y|x), and return both.
+    """Fit and calibrate p(y|x) on labelled pictures, and return it with the true measure.
+
+    The pictures are streamed: once, or if the features learn, once more every epoch.
 
     Args:
         measure: of `MEASURES`.
-        images: `[M, 3, S, S]`, uint8 or float in [0, 1].
-        edges: K - 1 of them, rising; None: such that the K classes hold equally many pictures.
+        images: a data set, or a tensor `[M, 3, S, S]`. A picture's class is the label that the data set
+            has for it, else its score's, else its true measure's.
+        edges: K - 1 of them, rising; None: such that the K classes hold equally many pictures, or as many
+            as have that label.
         num_classes: K.
         features: see `Classifier`.
         seed: of the fit. The same seed holds out the same pictures, whatever the measure.
@@ -44,73 +51,109 @@ def fit_attribute(
     """
     generator = torch.Generator().manual_seed(seed)
     networks = networks or {}
+    order = torch.randperm(len(images), generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        classifier = Classifier(num_classes, features, clip=networks.get("clip"))
     true = MEASURES[measure].bind(networks)
-    values = torch.cat([true.of(as_float(part)) for part in images.split(256)])
-    if edges is None:
-        bounds = values.quantile(torch.arange(1, num_classes) / num_classes)
-    else:
-        bounds = torch.tensor(edges)
-    label = true.class_of(values, bounds)
+    seen = _read(images, true, measure, classifier)
+    label = seen.label
+    bounds = _edges(true, seen, num_classes) if edges is None else torch.tensor(edges)
+    if label is None:
+        label = true.class_of(seen.score, bounds)
     counts = label.bincount(minlength=num_classes)
-    if len(images) < 10 * num_classes or int(counts.min()) < 5:
+    if len(label) < 10 * num_classes or int(counts.min()) < 5:
         raise DiffRLError(
-            f"{measure}: {len(images)} pictures with {counts.tolist()} a class are too few to fit "
+            f"{measure}: {len(label)} pictures with {counts.tolist()} a class are too few to fit "
             f"{num_classes} classes: give at least 5 of each class and 10 a class overall, or other edges."
         )
-    classifier, report, held_out = fit_classifier(
-        images, label, num_classes, features=features, generator=generator, clip=networks.get("clip")
-    )
-    with torch.no_grad():
-        log_prob = torch.cat([classifier(as_float(images[i])) for i in held_out.split(128)])
+    report, log_prob = _fit(classifier, images, seen, label, order, generator)
     return Attribute(measure, classifier, bounds, report, log_prob if from_pretrained else None, networks)
 
 
-def fit_classifier(
-    images: Tensor,
+@dataclass
+class _Seen:
+    """What stays in memory of the M pictures."""
+
+    place: Tensor  # of each in the data set, [M]
+    features: Tensor  # [M, F]
+    score: Tensor  # of the data set, or measured, [M]
+    label: Tensor | None  # of the data set, [M]
+
+
+def _read(images: Pictures, true: Measure, measure: str, classifier: Classifier) -> _Seen:
+    place, features, scores, labels = [], [], [], []
+    with torch.no_grad():
+        for batch in datasets.stream(images, torch.arange(len(images)), datasets.READ_BATCH):
+            place.append(batch.index)
+            features.append(classifier.features(batch.images))
+            scores.append(score_of(measure, true, batch))
+            labels += [batch.label[measure]] if measure in batch.label else []
+    label = torch.cat(labels) if labels else None
+    return _Seen(torch.cat(place), torch.cat(features), torch.cat(scores), label)
+
+
+def _edges(true: Measure, seen: _Seen, num_classes: int) -> Tensor:
+    """Return edges between which lie as many pictures as have each label, or equally many, `[K - 1]`."""
+    shares = torch.arange(1, num_classes) / num_classes
+    if seen.label is not None:
+        counts = seen.label.bincount(minlength=num_classes)
+        shares = (counts.flip(0) if true.falling else counts).cumsum(0)[:-1] / len(seen.label)
+    return seen.score.quantile(shares)
+
+
+def _fit(
+    classifier: Classifier,
+    images: Pictures,
+    seen: _Seen,
     label: Tensor,
-    num_classes: int,
-    *,
-    features: str,
+    order: Tensor,
     generator: torch.Generator,
-    clip: str | None = None,
-) -> tuple[Classifier, FitReport, Tensor]:
-    """Return the classifier, its report, and the indices of the held-out pictures.
+) -> tuple[FitReport, Tensor]:
+    """Train and calibrate a classifier.
 
     Args:
-        images: uint8 or float, as drawn.
-        label: `[M]`, the class by the true measure.
-        features: see `Classifier`; fixed features are computed once, learned ones at every step.
-        generator: of the split and the order of the batches.
-        clip: of "clip" features, their model.
-    """
-    order = torch.randperm(len(images), generator=generator)
-    held_out, train = order.split([round(HELD_OUT * len(order)), len(order) - round(HELD_OUT * len(order))])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        classifier = Classifier(num_classes, features, clip=clip)
-    with torch.no_grad():
-        every = torch.cat([classifier.features(as_float(part)) for part in images.split(128)])
-    learned = any(True for _ in classifier.features.parameters())
-    classifier.standardise(every[train])
+        classifier: with fixed features, which have been computed, or learned ones, for which the pictures
+            are read again at every step.
+        images: as in `fit_attribute`.
+        seen: of them.
+        label: `[M]`.
+        order: of the data set, at random; the first ones are held out.
+        generator: of the order of the batches.
 
-    def logits(index: Tensor) -> Tensor:
-        inputs = classifier.features(as_float(images[index])) if learned else every[index]
-        return classifier.logits(inputs)
+    Returns:
+        The report, and log p(y|x) on the held-out pictures, `[~M / 5, K]`.
+    """
+    row = torch.full((len(images),), -1)
+    row[seen.place] = torch.arange(len(label))
+    order = row[order]
+    order = order[order >= 0]
+    held_out, train = order.split([round(HELD_OUT * len(order)), len(order) - round(HELD_OUT * len(order))])
+    learned = any(parameter.requires_grad for parameter in classifier.features.parameters())
+    classifier.standardise(seen.features[train])
+
+    def logits(rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows, `size` at a time, and their logits."""
+        if learned:
+            for batch in datasets.stream(images, seen.place[rows], size):
+                yield row[batch.index], classifier.logits(classifier.features(batch.images))
+        else:
+            for part in rows.split(size):
+                yield part, classifier.logits(seen.features[part])
 
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * max(len(train) // BATCH, 1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    num_batches = max(len(train) // BATCH, 1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * num_batches)
     for _ in range(EPOCHS):
-        shuffled = train[torch.randperm(len(train), generator=generator)]
-        for batch in shuffled.split(BATCH)[: max(len(train) // BATCH, 1)]:
+        shuffled = train[torch.randperm(len(train), generator=generator)][: num_batches * BATCH]
+        for part, predicted in logits(shuffled, BATCH):
             optimizer.zero_grad()
-            F.cross_entropy(logits(batch), label[batch]).backward()
+            F.cross_entropy(predicted, label[part]).backward()
             optimizer.step()
             schedule.step()
     classifier.eval().requires_grad_(False)
-    with torch.no_grad():
-        held_logits = torch.cat([logits(batch) for batch in held_out.split(128)])
-    truth = label[held_out]
+    rows, parts = zip(*logits(held_out, 2 * BATCH), strict=True)
+    held_logits, truth = torch.cat(parts), label[torch.cat(rows)]
     classifier.temperature.fill_(calibrate(held_logits, truth))
     log_prob = (held_logits / classifier.temperature).log_softmax(1)
     report = FitReport(
@@ -121,9 +164,9 @@ def fit_classifier(
         nll=float(F.nll_loss(log_prob, truth)),
         ece=expected_calibration_error(log_prob.exp(), truth),
         temperature=float(classifier.temperature),
-        class_counts=tuple(label.bincount(minlength=num_classes).tolist()),
+        class_counts=tuple(label.bincount(minlength=classifier.num_classes).tolist()),
     )
-    return classifier, report, held_out
+    return report, log_prob
 
 
 def check_ceiling(ceiling: float, num_classes: int) -> None:
@@ -132,11 +175,6 @@ def check_ceiling(ceiling: float, num_classes: int) -> None:
         raise DiffRLError(
             f"reward.ceiling={ceiling}: must be at most 1, and more than chance, 1/{num_classes}."
         )
-
-
-def as_float(images: Tensor) -> Tensor:
-    """Return pictures in [0, 1] from uint8 or float ones."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def calibrate(logits: Tensor, label: Tensor) -> float:

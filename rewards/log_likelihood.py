@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from diffrl.datasets import Batch
 from diffrl.errors import DiffRLError
 from diffrl.rewards.classifier import FEATURES, Classifier
-from diffrl.rewards.measures import MEASURES
+from diffrl.rewards.measures import MEASURES, Measure
 from diffrl.types import NO_LABEL, Context
 
 LAYOUT = 2
@@ -47,6 +48,14 @@ def of_label(log_prob: Tensor, label: Tensor) -> Tensor:
     """Return each row's entry of `log_prob` `[N, K]` for its `label` `[N]`; 0 where that is NO_LABEL."""
     own = log_prob.gather(1, label.clamp(min=0)[:, None])[:, 0]
     return torch.where(label == NO_LABEL, torch.zeros_like(own), own)
+
+
+def score_of(name: str, measure: Measure, batch: Batch) -> Tensor:
+    """Return the score that a data set has for each picture, or where it has none, measure it, `[B]`."""
+    if name not in batch.score:
+        return measure.of(batch.images)
+    # CTRL's files hold its reward, minus the size
+    return batch.score[name].abs() if measure.falling else batch.score[name]
 
 
 class Attribute(nn.Module):
@@ -86,6 +95,12 @@ class Attribute(nn.Module):
     def true_class(self, images: Tensor) -> Tensor:
         """Return the class by the true measure, never by the classifier, `[N]`."""
         return self.measure.class_of(self.measure.of(images), self.edges.cpu())
+
+    def class_of(self, batch: Batch) -> Tensor:
+        """Return the class of each picture of a data set: its label, or by its score, or true, `[B]`."""
+        if self.name in batch.label:
+            return batch.label[self.name]
+        return self.measure.class_of(score_of(self.name, self.measure, batch), self.edges.cpu())
 
     def facts(self) -> dict[str, Any]:
         """Return what is not a tensor."""
@@ -159,15 +174,23 @@ class LogLikelihood(nn.Module):
 
     def true_class(self, images: Tensor) -> Tensor:
         """Return the label by the true measures, never by a classifier, `[N, A]`, or `[N, 1]` if joint."""
-        classes = torch.stack([attribute.true_class(images) for attribute in self.attributes], 1)
-        if not self.joint:
-            return classes
-        strides = [math.prod(self._counts[place + 1 :]) for place in range(len(self._counts))]
-        return (classes * torch.tensor(strides)).sum(1, keepdim=True)
+        return self._together([attribute.true_class(images) for attribute in self.attributes])
 
     def draw_label(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the true classes, `[N, A]`: nothing is random about them."""
         return self.true_class(images)
+
+    def label_of(self, batch: Batch) -> Tensor:
+        """Return the label of each picture of a data set, `[B, A]` or `[B, 1]`; see `Attribute.class_of`."""
+        return self._together([attribute.class_of(batch) for attribute in self.attributes])
+
+    def _together(self, columns: Sequence[Tensor]) -> Tensor:
+        """Return the labels of which `split` gives these classes."""
+        classes = torch.stack(list(columns), 1)
+        if not self.joint:
+            return classes
+        strides = [math.prod(self._counts[place + 1 :]) for place in range(len(self._counts))]
+        return (classes * torch.tensor(strides)).sum(1, keepdim=True)
 
     def log_z(self, gamma: float) -> Tensor | None:
         """Return the Monte Carlo estimate of log E_ref[exp(gamma r)] for each label, `[C]`, nats.

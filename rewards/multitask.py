@@ -6,8 +6,7 @@ Source: CTRL, arXiv:2406.12120, section 6.2, whose second measure is the LAION a
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
-
+from diffrl.datasets import Pictures
 from diffrl.errors import DiffRLError, unknown
 from diffrl.rewards.aesthetic import check_mlp
 from diffrl.rewards.clip import VIT_L_14
@@ -62,8 +61,8 @@ class Multitask:
         reward.joint = self.joint
         return reward
 
-    def fit(self, images: Tensor, seed: int, *, from_pretrained: bool) -> LogLikelihood:
-        """Return the reward fitted to `images` `[M, 3, S, S]`; see `fit_attribute`."""
+    def fit(self, images: Pictures, seed: int, *, from_pretrained: bool) -> LogLikelihood:
+        """Return the reward fitted to a data set or `[M, 3, S, S]`; see `fit_attribute`."""
         attributes = []
         for number, name in enumerate(self.measures):
             measure = MEASURES[name]

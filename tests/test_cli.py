@@ -188,6 +188,7 @@ class TestTrain:
             (["env.precision=half"], "env.precision=half: must be one of fp32, bf16, fp16"),
             (["env.precision=fp16"], "env.precision=fp16: gradients underflow in it"),
             (["dataset=/no/such/place"], "dataset=/no/such/place: no such folder"),
+            (["dataset=/", "env=gaussian_mixture"], "dataset=/: for pictures"),
             (["device=quantum"], "device=quantum: no such device"),
             (["reward.classifier=none.safetensors"], "none.safetensors: no such classifier"),
             (["env=gaussian_mixture", "eval_scales=[2]"], "eval_scales=[2.0]: for pictures"),
@@ -206,7 +207,9 @@ class TestTrain:
         (folder / "notes.txt").write_text("x")
         assert "'notes.txt' is not a picture (1 of 2" in fails(capsys, "train", f"dataset={folder}")
         (folder / "notes.txt").rename(folder / "b.png")
-        assert "b.png: not a whole picture" in fails(capsys, "fit", f"dataset={folder}")
+        (folder / "a.png").write_bytes(b"x")
+        line = fails(capsys, "fit", f"dataset={folder}")
+        assert "a.png: not a whole picture, nor is any other of the 2" in line
 
 
 class TestFit:
@@ -219,11 +222,14 @@ class TestFit:
         for number in range(60):
             noise = (torch.rand(20, 20, 3) * 255 * (number % 4) / 3).byte().numpy()
             Image.fromarray(noise).save(folder / f"{number}.png")
+        (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:500])
         out = tmp_path / "c.safetensors"
         words = [f"env.model={tiny_path}", f"dataset={folder}", "reward.num_classes=2"]
         assert main(["fit", *words, "--out", str(out)]) == 0
         text = " ".join(capsys.readouterr().out.split())
         assert "on 12 held-out pictures" in text
+        assert "1 of 61 pictures cannot be read and are left out, the first is" in text
+        assert "only 30 pictures of class" in text
         assert out.is_file()
         words = [*FAST, f"env.model={tiny_path}", f"root={tmp_path}", f"reward.classifier={out}"]
         assert main(["train", *words]) == 0

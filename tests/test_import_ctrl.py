@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from test_cli import fails
 from tiny_clip import head, head_state, write_clip
 
-from diffrl import run
 from diffrl.cli import main
+from diffrl.restore import restore
 from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
 from diffrl.types import NO_LABEL
@@ -57,7 +57,7 @@ def test_the_restored_policy_is_their_network(tmp_path, tiny, tiny_path, classif
     lora, table = checkpoint(tmp_path / "checkpoint_8", tiny.unet, suffix=suffix)
     words = settings(tmp_path, tiny_path, classifier)
     assert main(["import-ctrl", str(tmp_path / "checkpoint_8"), *words]) == 0
-    setup, policy, reward = run.restore(tmp_path / "theirs", {})
+    setup, policy, reward = restore(tmp_path / "theirs", {})
     assert (policy.label_embedding.num_classes, reward.num_classes) == ((4,), (4,))
     assert reward.attributes[0].edges.tolist() == [60.0, 85.0, 110.0]
     assert (setup.config.env.guidance_scale, setup.config.env.eta, setup.config.policy.rank) == (
@@ -119,7 +119,7 @@ def test_of_their_multitask_the_label_is_joint(tmp_path, tiny, tiny_path, capsys
     words += settings(tmp_path, tiny_path, f"[{ours},{size}]")
     assert "has 4 labels, the reward 2 x 2" in fails(capsys, *command, *words)
     assert main([*command, *words, "reward.joint=true"]) == 0
-    _, policy, reward = run.restore(tmp_path / "theirs", {})
+    _, policy, reward = restore(tmp_path / "theirs", {})
     assert_close(policy.label_embedding(torch.tensor([[2], [NO_LABEL]])), table[[2, 4]], atol=0)
     assert reward.split(torch.tensor([[2]])).tolist() == [[1, 0]]
     assert [attribute.name for attribute in reward.attributes] == ["aesthetic", "compressibility"]

@@ -12,7 +12,7 @@ from diffrl.errors import DiffRLError
 from diffrl.rewards import compressibility
 from diffrl.rewards.classifier import BlockDCTFeatures, Classifier
 from diffrl.rewards.compressibility import Compressibility
-from diffrl.rewards.fit import calibrate, expected_calibration_error, fit_classifier
+from diffrl.rewards.fit import calibrate, expected_calibration_error, fit_attribute
 from diffrl.rewards.jpeg import Jpeg, jpeg_kilobytes
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES
@@ -115,25 +115,23 @@ class TestFeatures:
 
 class TestFit:
     def fitted(self, features="dct"):
-        images = pictures()
-        sizes = jpeg_kilobytes(images)
-        label = MEASURES["compressibility"].class_of(sizes, sizes.median()[None])
-        return fit_classifier(
-            images, label, 2, features=features, generator=torch.Generator().manual_seed(0)
+        return fit_attribute(
+            "compressibility", pictures(), None, 2, features=features, seed=0, from_pretrained=True
         )
 
     @pytest.mark.parametrize("features", ["dct", "cnn"])
     def test_it_learns_a_separable_measure(self, features):
-        _, report, held_out = self.fitted(features)
+        attribute = self.fitted(features)
+        report = attribute.report
         assert (report.num_train, report.num_held_out) == (96, 24)
-        assert len(set(held_out.tolist())) == 24
+        assert attribute.pretrained_log_prob.shape == (24, 2)
         assert report.accuracy > 0.85
         assert sum(report.class_counts) == 120
 
     def test_it_repeats_to_the_bit_and_leaves_the_global_generator_alone(self):
         torch.manual_seed(3)
         before = torch.random.get_rng_state()
-        first, second = self.fitted()[0], self.fitted()[0]
+        first, second = self.fitted(), self.fitted()
         assert torch.equal(before, torch.random.get_rng_state())
         for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
             assert torch.equal(a, b)
