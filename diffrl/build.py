@@ -51,8 +51,8 @@ class Setup:
         console.quiet = not processes.is_first()
         if getattr(config.env, "random_weights", False):
             console.print("env.random_weights=true: for speed and memory alone; the result means nothing.")
-        self.prompts = load_prompts(config.prompts)
-        self.eval_prompts = load_prompts(config.eval_prompts or config.prompts)
+        self.prompts = load_prompts(config.prompts, self.num_classes())
+        self.eval_prompts = load_prompts(config.eval_prompts or config.prompts, self.num_classes())
         entries = self._read_dataset()
         self.backbone: Backbone = config.env.load().to(self.device)
         self.schedule = DDIMSchedule(self.backbone.scheduler, config.env.num_steps, config.env.eta).to(

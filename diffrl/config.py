@@ -92,7 +92,7 @@ class Config:
     reward: Any
     guidance: Any = field(default_factory=Unguided)  # of evaluations and samples; training has none
     policy: LoRA = field(default_factory=LoRA)
-    prompts: str = "simple_animals"  # a list by name, or a text file with one prompt per line
+    prompts: str = "simple_animals"  # a list, a text file, a CSV with labels, imagenet_animals:PATH
     eval_prompts: str | None = None  # of evaluations, such as eval_animals; null: the same
     dataset: str | None = None  # AVA, metadata.csv or .jsonl, or pictures; null: drawn from the model
     dataset_workers: int = 0  # processes that read its pictures; 0: this one

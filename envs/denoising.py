@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from diffrl.envs.prompts import LabelledPrompt
 from diffrl.errors import DiffRLError
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import NO_LABEL, Backbone, Context, Observation, Reward, to_pixels
@@ -34,7 +35,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         backbone: encodes prompts and decodes latents.
         schedule: gives the clock.
         reward: scores finished pictures.
-        prompts: one is drawn for each env, uniformly.
+        prompts: one is drawn for each env, uniformly; a `LabelledPrompt` with its own label.
         num_envs: N.
         group_size: so many consecutive envs share prompt and label; it divides N.
     """
@@ -108,8 +109,12 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         shape = (self.num_envs, *self.backbone.latent_shape)
         latents = torch.randn(shape, generator=self._generator)
 
-        prompts = [self.prompts[i] for i in choice.repeat_interleave(self.group_size).tolist()]
+        prompts = [self.prompts[i] for i in choice.tolist()]
         label = torch.stack(labels, 1) if labels else torch.zeros(groups, 0, dtype=torch.int64)
+        for own, prompt in zip(label, prompts, strict=True):
+            if isinstance(prompt, LabelledPrompt):
+                own.copy_(torch.tensor(prompt.label))
+        prompts = [prompt for prompt in prompts for _ in range(self.group_size)]
         label = label.repeat_interleave(self.group_size, 0)
         prompts = list(options.get("prompts", prompts))
         label = self._check_label(torch.as_tensor(options.get("label", label)))

@@ -181,7 +181,7 @@ class LogLikelihood(nn.Module):
         return self.true_class(images)
 
     def label_of(self, batch: Batch) -> Tensor:
-        """Return the label of each picture of a data set, `[B, A]` or `[B, 1]`; see `Attribute.class_of`."""
+        """Return the label of each picture of a data set, `[B, A]` or `[B, 1]`: see `Attribute`."""
         return self._together([attribute.class_of(batch) for attribute in self.attributes])
 
     def _together(self, columns: Sequence[Tensor]) -> Tensor:

@@ -1,10 +1,13 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from diffrl import config
 from diffrl.build import Setup
+from diffrl.errors import DiffRLError
+from diffrl.rewards.closed_form import Softmax
 
 
 def test_of_two_that_want_the_same_classifier_one_fits_it(tiny_path, monkeypatch):
@@ -23,3 +26,15 @@ def test_of_two_that_want_the_same_classifier_one_fits_it(tiny_path, monkeypatch
     assert drawn == [40]
     first, second = (reward.attributes[0].edges.tolist() for reward in rewards)
     assert first == second
+
+
+def test_prompts_with_labels_are_checked_against_the_reward_s_and_drawn_with_them(tiny_path, tmp_path):
+    path = tmp_path / "words.csv"
+    path.write_text("prompt,label\ncat,2\n")
+    words = [f"env.model={tiny_path}", "env.num_steps=2", f"prompts={path}"]
+    with pytest.raises(DiffRLError, match=r"words.csv, line 2: label='2' is unknown"):
+        Setup(config.load([*words, "reward.num_classes=2"]))
+    env = Setup(config.load(words)).make_env(Softmax([0.0] * 3, [0.0] * 3), 3)  # any with 3 classes
+    obs, _ = env.reset(seed=0)
+    assert obs["label"].tolist() == [[2]] * 3
+    assert env.context.prompts == ["cat"] * 3

@@ -5,6 +5,7 @@ import torch
 from conftest import assert_close
 
 from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.envs.prompts import LabelledPrompt
 from diffrl.errors import DiffRLError
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.schedule import DDIMSchedule
@@ -126,6 +127,24 @@ def test_options_replace_one_draw_and_leave_the_others(tiny):
     given, _ = env.reset(seed=3, options={"prompts": ["a cow"] * 4})
     assert env.context.prompts == ["a cow"] * 4
     assert given["label"].tolist() == drawn["label"].tolist()
+
+
+def test_a_prompt_with_a_label_is_drawn_with_it_and_moves_no_other_draw(tiny):
+    env = make_env(tiny, num_envs=8, group_size=2)
+    drawn, _ = env.reset(seed=3)
+    prompts, latents = list(env.context.prompts), drawn["latents"]
+    env.prompts[1] = LabelledPrompt("dog")
+    env.prompts[1].label = (2,)
+    obs, _ = env.reset(seed=3)
+    assert env.context.prompts == prompts
+    assert torch.equal(obs["latents"], latents)
+    expected = [
+        2 if prompt == "dog" else y for prompt, y in zip(prompts, drawn["label"][:, 0], strict=True)
+    ]
+    assert obs["label"][:, 0].tolist() == expected
+    assert drawn["label"][:, 0].tolist() != expected
+    given, _ = env.reset(seed=3, options={"label": torch.zeros(8, 1, dtype=torch.int64)})
+    assert not given["label"].any()
 
 
 def test_labels_are_drawn_uniformly(tiny):

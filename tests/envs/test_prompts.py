@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
-from diffrl.envs.prompts import load_prompts
+from diffrl import config
+from diffrl.envs.prompts import LabelledPrompt, load_prompts
 from diffrl.errors import DiffRLError
 
 
@@ -36,3 +39,86 @@ def test_bad_files_are_named(tmp_path):
 def test_a_misspelt_list_gets_the_nearest_name():
     with pytest.raises(DiffRLError, match="Did you mean 'simple_animals'"):
         load_prompts("simple_animal")
+
+
+def imagenet(names=("tench, Tinca tinca", "puffer, pufferfish, blowfish", "abacus")):
+    """Classes in ImageNet's order: number 0, 397 and 398 have these names."""
+    lines = [f"animal {number}, beast {number}" for number in range(1000)]
+    lines[0], lines[397], lines[398] = names
+    return lines
+
+
+class TestImageNet:
+    @pytest.mark.parametrize("prefix", ["", "n01440764 "])
+    def test_lines_and_a_synset_mapping_give_first_names_or_all(self, tmp_path, prefix):
+        path = tmp_path / "LOC_synset_mapping.txt"
+        path.write_text("\n".join(prefix + line for line in imagenet()) + "\n\n")
+        first = load_prompts(f"imagenet_animals:{path}")
+        assert len(first) == 398
+        assert (first[0], first[1], first[-1]) == ("tench", "animal 1", "puffer")
+        full = load_prompts(f"imagenet_animals_full:{path}")
+        assert len(full) == 398
+        assert (full[0], full[-1]) == ("tench, Tinca tinca", "puffer, pufferfish, blowfish")
+
+    def test_an_index_in_json_is_sorted_by_number(self, tmp_path):
+        path = tmp_path / "imagenet_class_index.json"
+        names = [line.partition(",")[0].replace(" ", "_") for line in imagenet()]
+        index = {str(number): [f"n{number:08}", name] for number, name in enumerate(names)}
+        path.write_text(json.dumps(dict(reversed(index.items()))))
+        prompts = load_prompts(f"imagenet_animals:{path}")
+        assert (len(prompts), prompts[0], prompts[1], prompts[-1]) == (398, "tench", "animal 1", "puffer")
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("sorted.txt", "\n".join(sorted(imagenet()))),
+            ("short.txt", "\n".join(imagenet()[:397])),
+            ("shifted.txt", "\n".join(["background", *imagenet()])),
+            ("empty.json", "{}"),
+            ("list.json", "[1]"),
+            ("broken.json", "{"),
+        ],
+    )
+    def test_another_order_or_file_is_refused(self, tmp_path, name, text):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DiffRLError, match=f"{name}: not ImageNet's classes .* 0 is tench"):
+            load_prompts(f"imagenet_animals:{tmp_path / name}")
+
+    def test_a_missing_file_is_named_and_the_word_passes_the_command_line(self):
+        word = config.load(["prompts=imagenet_animals:/no/such.txt"]).prompts
+        with pytest.raises(DiffRLError, match=r"/no/such.txt: cannot be read \(No such file"):
+            load_prompts(word)
+
+
+class TestLabels:
+    def load(self, tmp_path, text, num_classes=(4,)):
+        path = tmp_path / "my.csv"
+        path.write_text(text, encoding="utf-8")
+        return load_prompts(str(path), num_classes)
+
+    def test_a_csv_gives_prompts_with_labels_where_it_has_them(self, tmp_path):
+        prompts = self.load(tmp_path, 'prompt, label\ncat, 3\n"a dog, lying",0\nbee,\n')
+        assert prompts == ["cat", "a dog, lying", "bee"]
+        assert [getattr(prompt, "label", None) for prompt in prompts] == [(3,), (0,), None]
+        assert not any(isinstance(p, LabelledPrompt) for p in self.load(tmp_path, "Prompt\ncat\n"))
+
+    @pytest.mark.parametrize("text", ["prompt,label\ncat,1;0\n", "label2,prompt,label1\n0,cat,1\n"])
+    def test_labels_of_two_attributes(self, tmp_path, text):
+        assert self.load(tmp_path, text, (2, 3))[0].label == (1, 0)
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("prompt,label\ncat,1\ndog,4\n", "line 3: label='4' is unknown; this reward has labels 0 to 3"),
+            ("prompt,label\ncat,small\n", "line 2: label='small' is not a whole number"),
+            ("word,label\ncat,1\n", "line 2: it has no 'prompt'"),
+            ("cat\n", "no row in it"),
+        ],
+    )
+    def test_a_row_that_means_nothing_is_named(self, tmp_path, text, expected):
+        with pytest.raises(DiffRLError, match=rf"my\.csv.*({expected})"):
+            self.load(tmp_path, text)
+
+    def test_a_reward_without_labels_takes_none(self, tmp_path):
+        with pytest.raises(DiffRLError, match="a label of this reward has 0"):
+            self.load(tmp_path, "prompt,label\ncat,1\n", ())
