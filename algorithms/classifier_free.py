@@ -15,16 +15,20 @@ from torch.optim import Optimizer
 from diffrl import processes
 from diffrl.algorithms.base import Algorithm, batches
 from diffrl.algorithms.denoising import denoising_loss, draw_noise
+from diffrl.datasets import Pictures, draw
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy, Pretrained
 from diffrl.rollout import rollout
-from diffrl.types import NO_LABEL, LabelledReward, Trajectory
+from diffrl.types import NO_LABEL, Autoencoder, Context, LabelledReward, Trajectory
 
 
 @dataclass
 class ClassifierFree(Algorithm):
-    """Fit E|eps - eps_theta(x_t, t, c, y)|^2 to the pretrained model's pictures and their true labels.
+    """Fit E|eps - eps_theta(x_t, t, c, y)|^2 to labelled pictures.
+
+    They are those of `dataset`, drawn with replacement, each with its label and, if it has one, its prompt;
+    or where there is no data set the pretrained model's own, with their true labels.
 
     With `env.guidance_scale=1` its limit is p(x|c, y) itself, and `guidance=classifier_free` sharpens it in
     y; with more, pictures drawn at that scale are learnt and guided by the prompt once more, as is usual.
@@ -64,11 +68,38 @@ class ClassifierFree(Algorithm):
         return 1.0
 
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
-        """Return one micro-batch of the pretrained model's episodes, each with its picture's own label."""
+        """Return one micro-batch of labelled pictures.
+
+        Of the pretrained model they are whole episodes; of a data set only x_0 is known.
+        """
+        if env.dataset is not None:
+            return self._read(env, env.dataset, generator)
         drawn = rollout(env, Pretrained(policy), generator)
         reward = cast(LabelledReward, env.reward)  # `needs_labels` has been checked
         label = reward.draw_label(drawn.images, generator).to(drawn.images.device)
         return replace(drawn, context=replace(drawn.context, label=label))
+
+    def _read(self, env: DenoisingVectorEnv, dataset: Pictures, generator: torch.Generator) -> Trajectory:
+        """Return triplets (x_0, c, y) of a data set as episodes of no step; no prompt is the empty one."""
+        backbone, reward = cast(Autoencoder, env.backbone), cast(LabelledReward, env.reward)
+        parts = []
+        for batch in draw(dataset, env.num_envs, generator):
+            images, prompts = batch.images.to(env.device), [prompt or "" for prompt in batch.prompts]
+            label = reward.label_of(batch).to(env.device)
+            context = Context(prompts, backbone.encode_prompts(prompts), label)
+            parts.append(
+                Trajectory(
+                    latents=backbone.encode(images, generator)[None],
+                    timesteps=[],
+                    log_prob=None,
+                    kl=None,
+                    log_ratio=None,
+                    reward=reward(images, context),
+                    images=images,
+                    context=context,
+                )
+            )
+        return Trajectory.cat(parts)
 
     def update(
         self, trajectories: Iterable[Trajectory], policy: Policy, optimizer: Optimizer

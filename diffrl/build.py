@@ -78,7 +78,13 @@ class Setup:
     def make_env(self, reward: Reward, num_envs: int, group_size: int = 1) -> DenoisingVectorEnv:
         """Return an env of this model with `reward`."""
         return DenoisingVectorEnv(
-            self.backbone, self.schedule, reward, self.prompts, num_envs=num_envs, group_size=group_size
+            self.backbone,
+            self.schedule,
+            reward,
+            self.prompts,
+            num_envs=num_envs,
+            group_size=group_size,
+            dataset=self.dataset,
         )
 
     def make_guided(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:

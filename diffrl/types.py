@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
+from diffrl.datasets import Batch
+
 EVALUATION_SEED = 42
 """Of an evaluation's noise and prompts, unless another is asked for (CTRL)."""
 
@@ -91,6 +93,14 @@ class Backbone(Protocol):
         ...
 
 
+class Autoencoder(Backbone, Protocol):
+    """A backbone whose latents are those of pictures."""
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return latents `[N, C, H, W]` of pictures `[N, 3, S, S]` in [0, 1]."""
+        ...
+
+
 class Reward(Protocol):
     """A score of finished pictures."""
 
@@ -114,6 +124,10 @@ class LabelledReward(Reward, Protocol):
 
     def draw_label(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return a label of each picture, drawn from the true p(y|x), `[N, A]`."""
+        ...
+
+    def label_of(self, batch: Batch) -> Tensor:
+        """Return the label of each picture of a data set, `[B, A]`."""
         ...
 
 

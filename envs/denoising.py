@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from diffrl.datasets import Pictures
 from diffrl.envs.prompts import LabelledPrompt
 from diffrl.errors import DiffRLError
 from diffrl.schedule import DDIMSchedule
@@ -38,6 +39,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         prompts: one is drawn for each env, uniformly; a `LabelledPrompt` with its own label.
         num_envs: N.
         group_size: so many consecutive envs share prompt and label; it divides N.
+        dataset: labelled pictures for an algorithm that learns from them; the env itself reads none.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012, as Gymnasium declares it
@@ -54,6 +56,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         *,
         num_envs: int = 1,
         group_size: int = 1,
+        dataset: Pictures | None = None,
         render_mode: str | None = "rgb_array",
     ) -> None:
         if num_envs < 1:
@@ -63,6 +66,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         if not prompts:
             raise DiffRLError("prompts: the list is empty; give at least one.")
         self.backbone, self.schedule, self.reward = backbone, schedule, reward
+        self.dataset = dataset
         self.prompts = list(prompts)
         self.num_envs, self.group_size, self.render_mode = num_envs, group_size, render_mode
         self.device, self.dtype = backbone.unet.device, schedule.sigma.dtype

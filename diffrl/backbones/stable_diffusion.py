@@ -91,6 +91,16 @@ class StableDiffusion(nn.Module):
         ).input_ids
         return self.text_encoder(tokens.to(self.text_encoder.device)).last_hidden_state
 
+    def encode(
+        self, images: Tensor, generator: torch.Generator | None = None, slice_size: int = 16
+    ) -> Tensor:
+        """Return latents `[N, C, H, W]` of pictures: drawn with `generator`, or without one their mean."""
+        latents = []
+        for part in images.split(slice_size):
+            law = self.vae.encode(2 * part - 1).latent_dist
+            latents.append(law.mean if generator is None else law.sample(generator))
+        return self.vae.config.scaling_factor * torch.cat(latents)
+
     def decode(self, latents: Tensor, slice_size: int = 16) -> Tensor:
         """Return pictures `[N, 3, S, S]` in [0, 1], `slice_size` at a time to bound the memory."""
         return torch.cat([self._decode(part) for part in latents.split(slice_size)])

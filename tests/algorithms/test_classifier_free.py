@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_close
+from PIL import Image
 from test_guidance import attach, law_of, state
 from toy import Recorder, ToyEnv, ToyPolicy
 
@@ -11,14 +12,22 @@ from diffrl.algorithms.classifier_free import ClassifierFree
 from diffrl.algorithms.guidance.base import Unguided
 from diffrl.algorithms.guidance.classifier_free import ClassifierFreeGuidance
 from diffrl.cli import main
+from diffrl.datasets import PictureFiles, read
+from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
+from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.closed_form import Softmax
+from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
+from diffrl.schedule import DDIMSchedule
 from diffrl.types import NO_LABEL
+
+REPORT = FitReport(0, 0, 0.0, 0.0, 0.0, 0.0, 1.0, ())
 
 
 class SignEnv(ToyEnv):
     """The true label of a point is whether it is positive, whatever the env asked for."""
 
+    dataset = None
     reward = SimpleNamespace(draw_label=lambda images, generator: (images.flatten(1)[:, :1] > 0).long())
 
 
@@ -98,6 +107,56 @@ def test_it_comes_close_to_the_posterior_of_the_solvable_model(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     tv = [line["exact/tv"] for line in lines if "exact/tv" in line]
     assert tv[-1] < 0.2 < 0.4 < tv[0]
+
+
+class TestDataset:
+    """24 pictures of red 0, 10, 20, ..., prompts and labels that follow from their number."""
+
+    def folder(self, path):
+        path.mkdir()
+        rows = ["file_name,text,label"]
+        for number in range(24):
+            Image.new("RGB", (16, 16), (10 * number, 0, 0)).save(path / f"{number}.png")
+            rows.append(f"{number}.png,{('cat', '', 'bee')[number % 3]},{number % 2}")
+        (path / "metadata.csv").write_text("\n".join(rows))
+        return path
+
+    def test_pictures_prompts_and_labels_of_the_data_set_stay_together(self, tiny, tmp_path):
+        entries, _ = read(self.folder(tmp_path / "d"), ["compressibility"], [2])
+        attribute = Attribute("compressibility", Classifier(2), torch.tensor([1.0]), REPORT)
+        schedule = DDIMSchedule(tiny.scheduler, 2, 1.0)
+        env = DenoisingVectorEnv(
+            tiny,
+            schedule,
+            LogLikelihood([attribute]),
+            ["dog"],
+            num_envs=40,
+            dataset=PictureFiles(entries, 16),
+        )
+        algorithm, policy = ClassifierFree(), SimpleNamespace()
+        batch = algorithm.collect(env, policy, torch.Generator().manual_seed(0))
+        number = (25.5 * batch.images[:, 0, 0, 0]).round().long()
+        assert len(number) == 40
+        assert len(number.unique()) > 12  # 24 (1 - exp(-40 / 24)) = 19.5 are expected
+        assert batch.context.label[:, 0].tolist() == (number % 2).tolist()
+        assert batch.context.prompts == [("cat", "", "bee")[n % 3] for n in number.tolist()]
+        embeds = tiny.encode_prompts(["cat", "", "bee"])[number % 3]
+        assert_close(batch.context.prompt_embeds, embeds, atol=1e-5)
+        law = tiny.vae.encode(2 * batch.images - 1).latent_dist
+        drawn = (batch.latents[-1] / tiny.vae.config.scaling_factor - law.mean) / law.std
+        assert_close(drawn.std(), 1.0, atol=0.03)
+        assert_close(batch.reward, env.reward(batch.images, batch.context), atol=1e-6)
+        again = algorithm.collect(env, policy, torch.Generator().manual_seed(0))
+        assert torch.equal(again.latents, batch.latents)
+
+    def test_a_run_learns_from_it_and_draws_nothing_to_learn_from(self, tiny_path, tmp_path, monkeypatch):
+        monkeypatch.setattr("diffrl.algorithms.classifier_free.rollout", None)
+        words = ["algo=classifier_free", f"env.model={tiny_path}", "env.num_steps=2", f"root={tmp_path}"]
+        words += [f"dataset={self.folder(tmp_path / 'd')}", "reward.num_classes=2", "algo.updates=1"]
+        words += ["algo.batch_size=8", "algo.micro_batch_size=4", "algo.epochs=1", "eval_pictures=2"]
+        assert main(["train", "name=one", *words]) == 0
+        lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+        assert len([line for line in lines if "train/loss" in line]) == 1
 
 
 class TestGuidance:
