@@ -1,0 +1,308 @@
+"""Saving memory must not move the gradient, and a cost must be that of the work it names."""
+
+import copy
+import json
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_close
+from test_policy import learn_a_little, make_policy
+
+from diffrl.algorithms.ctrl import CTRL
+from diffrl.algorithms.truncation import Truncation
+from diffrl.benchmarks import cost, throughput
+from diffrl.benchmarks.plain import PlainLoop
+from diffrl.benchmarks.throughput import ROWS, Cell
+from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.rollout import rollout
+
+FULL = Truncation(kind="fixed", path="network")
+
+
+class Recorder:
+    """Stands in for the optimiser: keeps the gradients."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def step(self):
+        self.gradients = [p.grad.clone() for p in trainable(self.policy)]
+
+    def zero_grad(self):
+        self.policy.zero_grad()
+
+
+def trainable(policy):
+    return [*policy.lora_parameters(), *policy.embedding_parameters()]
+
+
+def make(backbone, num_envs=3):
+    reward = cost.unfitted_reward()
+    policy = make_policy(backbone, num_classes=reward.num_classes)
+    learn_a_little(policy)
+    env = DenoisingVectorEnv(backbone, policy.schedule, reward, ["cat", "dog"], num_envs=num_envs)
+    env.reset(seed=7)
+    return policy, env
+
+
+def ctrl(truncation=FULL, reduction="mean", gamma=0.01):
+    """Weigh the KL so that it has a share in the gradient."""
+    return CTRL(
+        gamma=gamma, kl_reduction=reduction, kl_steps=None, truncation=truncation, max_grad_norm=1e9
+    )
+
+
+def ours(policy, env, algo=None, kept=None, reference=None):
+    """Return the gradients and metrics of one update, through all steps or those `kept`."""
+    algo, recorder = algo or ctrl(), Recorder(policy)
+    trajectory = rollout(
+        env,
+        policy,
+        torch.Generator().manual_seed(5),
+        reference=reference or policy.reference,
+        grad_steps=kept or policy.schedule.num_steps,
+        seed=7,
+    )
+    metrics = algo.update([trajectory], policy, recorder)
+    return recorder.gradients, metrics
+
+
+def assert_same_gradients(actual, expected, tolerance):
+    largest = max(float(g.abs().max()) for g in expected)
+    assert largest > 1e-6
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a, b, atol=tolerance * largest)
+
+
+def halves_apart(policy, env, monkeypatch):
+    def guided(x_t, timestep, embeds, label, adapters):
+        with policy._adapters(adapters):
+            null = policy.null_embeds.expand_as(embeds)
+            unconditional = policy._eps(x_t, timestep, null, torch.full_like(label, -1))
+            conditional = policy._eps(x_t, timestep, embeds, label)
+        return unconditional + policy.guidance_scale * (conditional - unconditional)
+
+    monkeypatch.setattr(policy, "_guided_eps", guided)
+
+
+def activations_kept(policy, env, monkeypatch):
+    policy.checkpointing = False
+
+
+def decoder_activations_kept(policy, env, monkeypatch):
+    env.backbone.checkpointing = False
+
+
+def decoded_one_by_one(policy, env, monkeypatch):
+    decode = env.backbone.decode
+    monkeypatch.setattr(env.backbone, "decode", lambda latents: decode(latents, slice_size=1))
+
+
+@pytest.mark.parametrize(
+    "change", [halves_apart, activations_kept, decoder_activations_kept, decoded_one_by_one]
+)
+def test_how_memory_is_saved_does_not_move_the_gradient(tiny, monkeypatch, change):
+    policy, env = make(tiny)
+    before, _ = ours(policy, env)
+    change(policy, env, monkeypatch)
+    after, _ = ours(policy, env)
+    assert_same_gradients(after, before, 1e-5)
+
+
+def test_adapters_off_are_a_second_copy_of_the_network(tiny):
+    pretrained = copy.deepcopy(tiny)  # before any adapter is on it
+    policy, env = make(tiny)
+    other = make_policy(pretrained, num_classes=())  # untrained: its adapters add nothing
+    gradients, metrics = ours(policy, env)
+    by_copy, metrics_by_copy = ours(policy, env, reference=other)
+    assert metrics["rollout/kl"] > 0
+    assert_close(metrics["rollout/kl"], metrics_by_copy["rollout/kl"], atol=0, rtol=1e-5)
+    assert_same_gradients(gradients, by_copy, 1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kept", [[True] * 4, [True, False, True, False]], ids=["full", "truncated"])
+def test_the_plain_loop_takes_the_same_update(tiny, monkeypatch, kept, reduction):
+    policy, env = make(tiny)
+    monkeypatch.setattr(Truncation, "kept", lambda self, num_steps, generator: kept)
+    algo = ctrl(reduction=reduction)
+    expected, known = ours(policy, env, algo, kept)
+    recorder = Recorder(policy)
+    env._generator.manual_seed(7)  # as `ours` begins
+    calls = policy.num_calls
+    metrics = PlainLoop(algo, policy, env).update(recorder, torch.Generator().manual_seed(5))
+    assert policy.num_calls - calls == 3 * 4 * 4  # pictures, steps, two halves of two networks
+    assert_same_gradients(recorder.gradients, expected, 1e-4)
+    for name in ("rollout/reward_mean", "rollout/kl", "train/loss"):
+        assert_close(metrics[name], known[name], atol=1e-6, rtol=1e-4)
+    assert abs(known["rollout/kl"] / known["rollout/reward_mean"]) > 1e-3
+
+
+class TestCost:
+    def measure(self, row, tiny_path, rounds=1):
+        return cost.measure(row, throughput.settings(Cell(row, 2, 2), [f"env.model={tiny_path}"]), rounds)
+
+    def test_a_matrix_product_and_its_backward_pass_are_counted_by_hand(self):
+        a, b = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
+        assert cost.count_flops(lambda: (a @ b).sum().backward()) == 2 * (2 * 3 * 4 * 5)
+
+    def test_attention_is_counted(self):
+        """Two products of 6 x 6 x 8 for each of 2 heads of 1 sample, and five in the backward pass."""
+        q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        assert cost.count_flops(lambda: attend(q, k, v)) == 2 * 2 * (2 * 6 * 6 * 8)
+        assert cost.count_flops(lambda: attend(q, k, v).sum().backward()) == 7 * 2 * (2 * 6 * 6 * 8)
+
+    def test_counting_frees_what_checkpointing_frees(self, tiny):
+        """The module tracker of PyTorch's counter keeps what is recomputed: memory would grow with T."""
+        policy, env = make(tiny)
+        seen = []
+        for module in policy.unet.modules():
+            module.register_forward_pre_hook(
+                lambda _, inputs: seen.extend(weakref.ref(x) for x in inputs if isinstance(x, torch.Tensor))
+            )
+        alive = []
+
+        def update():
+            trajectory = rollout(env, policy, torch.Generator().manual_seed(0), grad_steps=4, seed=7)
+            trajectory.reward.sum().backward()
+            alive.extend(tensor for tensor in seen if tensor() is not None)
+
+        cost.count_flops(update)
+        assert len(seen) > 4 * 2  # four steps, forward and again
+        assert not alive
+
+    def test_calls_and_flops_are_those_of_the_work(self, tiny_path, monkeypatch):
+        """T=2 and both halves of guidance: 4 calls a picture, and as many again of the reference."""
+        monkeypatch.setattr(cost, "matmul_flops", lambda device, dtype: 1e9)
+        sampling = self.measure("sampling", tiny_path)
+        assert sampling["network_calls"] == 4
+        assert "kept_steps" not in sampling
+        full = self.measure("ctrl, full", tiny_path, rounds=2)
+        assert (full["network_calls"], full["kept_steps"], len(full["seconds"])) == (8, 2, 1)
+        assert 0 < full["held_gb"] <= full["peak_gb"]
+        plain = self.measure("plain ctrl, full", tiny_path)
+        assert plain["network_calls"] == 8
+        # the same work, but for the decoder, whose activations ours computes twice
+        assert 1.0 < full["flops"] / plain["flops"] < 1.5
+
+
+class TestTable:
+    def record(self, row, micro_batch=2, seconds=1.0, **more):
+        known = {"row": row, "steps": 3, "micro_batch": micro_batch, "seconds": [seconds], "peak_gb": 6.0}
+        known |= {"held_gb": 2.0, "network_calls": 6.0, "flops": 1e9, "matmul_flops": 8e9}
+        rate = micro_batch / seconds
+        return known | {"pictures_per_second": rate, "flops_per_second": rate * 1e9} | more
+
+    def test_ratios_and_shares_by_hand(self):
+        """2 pictures in 1 s against 2 in 4 s; 2 GFLOP/s of the 10 that one of the two measured."""
+        plain = self.record("plain ctrl, full", seconds=4.0, peak_gb=8.0, matmul_flops=10e9)
+        other = self.record("plain ctrl, full", micro_batch=1)
+        mine = throughput.compared([self.record("ctrl, full"), plain, other])[0]
+        assert mine["faster than plain ctrl, full"] == 4.0
+        assert mine["memory of plain ctrl, full"] == 0.75
+        assert mine["share_of_peak"] == 0.2
+
+    def test_algo_words_reach_the_rows_of_the_chosen_algorithm_alone(self):
+        words = ["algo=ddpo", "algo.inner_epochs=3", "env.eta=0.5"]
+        assert "algo.inner_epochs=3" in throughput.settings(Cell("ddpo", 3, 2), words)
+        for row in ROWS.keys() - {"ddpo"}:
+            chosen = throughput.settings(Cell(row, 3, 2), words)
+            assert "algo.inner_epochs=3" not in chosen
+            assert "env.eta=0.5" in chosen
+        plain = throughput.settings(Cell("plain ctrl, truncated", 3, 2), ["algo.gamma=7"])
+        assert "algo.gamma=7" in plain
+        assert "algo.truncation.high=3" in plain
+
+    def test_the_plain_fp32_row_stays_so(self):
+        chosen = throughput.settings(Cell("plain ctrl, truncated, fp32", 3, 2), ["env.precision=bf16"])
+        assert "env.precision=fp32" in chosen
+        assert "env.precision=bf16" not in chosen
+
+
+class TestCommand:
+    def stub(self, monkeypatch, answer):
+        """Answer for each measurement's process; return what was asked of them."""
+        asked = []
+
+        def answered(command, **_):
+            row, words, rounds = json.loads(command[-1])
+            asked.append((row, dict(word.lstrip("+").split("=", 1) for word in words), rounds))
+            return answer(*asked[-1])
+
+        monkeypatch.setattr(throughput.subprocess, "run", answered)
+        monkeypatch.setattr(throughput, "provenance", lambda: {"commit": "abc"})
+        return asked
+
+    def test_what_does_not_fit_is_a_row_and_nothing_larger_is_tried(self, monkeypatch, capsys):
+        def answer(row, words, rounds):
+            record = {"seconds": [2.0], "peak_gb": 1.0, "held_gb": 0.5, "network_calls": 4.0}
+            record |= {"flops": 1e9, "matmul_flops": 1e9}
+            if words["algo.micro_batch_size"] == "2":
+                return SimpleNamespace(returncode=-9, stdout="", stderr="")
+            return SimpleNamespace(returncode=0, stdout=json.dumps(record), stderr="")
+
+        asked = self.stub(monkeypatch, answer)
+        small = [
+            "--steps",
+            "3",
+            "--micro-batch",
+            "1",
+            "--rows",
+            "ctrl, full",
+            "--micro-batches",
+            "1",
+            "2",
+            "4",
+        ]
+        assert throughput.main([*small, "--all-steps", "3", "--json", "--rounds", "3"]) == 0
+        out = capsys.readouterr().out
+        records = [json.loads(line) for line in out.splitlines()]
+        assert [record["micro_batch"] for record in records] == [1, 2, 4]
+        assert [record.get("out_of_memory", False) for record in records] == [False, True, True]
+        assert records[0]["pictures_per_second"] == 0.5
+        assert {record["commit"] for record in records} == {"abc"}
+        sizes = [(words["algo.micro_batch_size"], rounds) for _, words, rounds in asked]
+        assert sizes == [("1", 1), ("1", 3), ("2", 1)]  # on a CPU memory first, then time
+        throughput.main([*small, "--all-steps", "3"])
+        assert "out of memory" in capsys.readouterr().out
+
+    def test_a_row_that_fails_says_why_and_the_others_go_on(self, monkeypatch, capsys, tmp_path):
+        failure = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nOSError: gone\n")
+        self.stub(monkeypatch, lambda *_: failure)
+        out = tmp_path / "throughput.json"
+        assert throughput.main(["--quick", "--no-scaling", "--out", str(out)]) == 1
+        rows = json.loads(out.read_text())["rows"]
+        assert len(rows) == len(ROWS) - 1  # without the fp32 one: all of them are fp32
+        assert {row["failed"] for row in rows} == {"OSError: gone"}
+        assert "OSError: gone" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--rows", "ctrl, ful"], "Did you mean 'ctrl, full'?"),
+            (["algo=none"], "algo=none: no such algo"),
+            (["env.num_steps=3"], "the benchmark sets env.num_steps itself"),
+            (["env.num_step=3", "--no-scaling"], "env.num_step: no such setting"),
+            (["env=gaussian_mixture"], "Use env=emoji or env=sd15"),
+        ],
+    )
+    def test_a_mistake_is_one_line(self, monkeypatch, capsys, arguments, said):
+        asked = self.stub(monkeypatch, None)
+        assert throughput.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("throughput: ")
+        assert said in error
+        assert error.count("\n") == 1
+        assert not asked
+
+    def test_a_measurement_out_of_memory_says_so_itself(self, monkeypatch, capsys):
+        def allocate(*_):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+        monkeypatch.setattr(cost, "measure", allocate)
+        monkeypatch.setattr("sys.argv", ["cost", json.dumps(["ctrl", [], 1])])
+        cost.main()
+        assert json.loads(capsys.readouterr().out) == {"out_of_memory": True}
