@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from diffrl import config
 from diffrl.algorithms.base import Algorithm
+from diffrl.backbones.stable_diffusion import PRECISIONS
 from diffrl.benchmarks.plain import PlainLoop
 from diffrl.build import Setup
 from diffrl.rewards.classifier import Classifier
@@ -20,7 +21,6 @@ from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
 from diffrl.rollout import rollout
 from diffrl.types import Reward
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OUT_OF_MEMORY = {"out_of_memory": True}
 """The record of a measurement that did not fit."""
 
@@ -47,7 +47,7 @@ def measure(row: str, words: list[str], rounds: int) -> dict[str, Any]:
     algo, cuda = setup.config.algo, setup.device.type == "cuda"
     reward = unfitted_reward().to(setup.device) if algo.needs_gradient else Jpeg()
     precision = getattr(setup.config.env, "precision", "fp32")
-    fastest = matmul_flops(setup.device, DTYPES[precision])
+    fastest = matmul_flops(setup.device, PRECISIONS[precision])
     take, policy = _work(row, setup, algo, reward)
     if cuda:
         torch.cuda.reset_peak_memory_stats()

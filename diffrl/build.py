@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffrl import __version__, datasets, processes
 from diffrl import config as settings
+from diffrl.algorithms.base import check_choice
 from diffrl.algorithms.guidance.base import Guidance
 from diffrl.algorithms.untrained import Untrained
 from diffrl.backbones.loading import fingerprint
@@ -227,6 +228,10 @@ def check(config: Config) -> None:
             f"algo={name} reward={reward}: {name} learns from labels, and {reward!r} has no classes. Use "
             "reward=compressibility."
         )
+    check_choice("resume", config.resume, ("never", "auto"))
+    for option in ("checkpoint_every", "keep_last"):
+        if getattr(config, option) < 1:
+            raise DiffRLError(f"{option}={getattr(config, option)}: must be 1 or more.")
     if config.clip is not None and not Path(config.clip).is_dir():
         raise DiffRLError(f"clip={config.clip}: no such folder. Give that of a CLIP model.")
     if config.eval_scales and getattr(config.env, "num_dims", None) is not None:

@@ -5,6 +5,7 @@ ranks. Losses are divided by the number of all, gradients and metrics are summed
 one process alone, however many there are. One process goes through the same lines.
 """
 
+import atexit
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -21,7 +22,10 @@ T = TypeVar("T")
 
 def join(device: torch.device) -> torch.device:
     """Meet the others that `accelerate launch` or torchrun started, and return our own device."""
+    begun = PartialState._shared_state != {}
     state = PartialState(cpu=device.type == "cpu", timeout=_LONGEST_WAIT)
+    if state.num_processes > 1 and not begun:
+        atexit.register(state.destroy_process_group)  # else its threads may end the process with an abort
     return device if state.num_processes == 1 else state.device
 
 

@@ -97,7 +97,7 @@ def _resume(folder: Path, config: Config, begin: float) -> Path:
         console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
         return folder
     console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
-    return _finish(run, begin, {})
+    return _finish(run, begin, {} if run.log_size else fit_metrics(run.reward))
 
 
 def _finish(run: "Run", begin: float, known: dict[str, Any]) -> Path:

@@ -18,7 +18,7 @@ from diffrl.benchmarks.pretrain_emoji import make_tokenizer
 from diffrl.envs.emoji import ASSET
 from diffrl.schedule import make_scheduler
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two workers share two cores
 
 
 def assert_close(actual, expected, *, atol, rtol=0.0):

@@ -193,6 +193,9 @@ class TestTrain:
             (["reward.classifier=none.safetensors"], "none.safetensors: no such classifier"),
             (["env=gaussian_mixture", "eval_scales=[2]"], "eval_scales=[2.0]: for pictures"),
             (["reward.edges=[3,2]"], "reward.edges"),
+            (["resume=always"], "resume=always: must be one of never, auto"),
+            (["checkpoint_every=0"], "checkpoint_every=0: must be 1 or more"),
+            (["keep_last=0"], "keep_last=0: must be 1 or more"),
         ],
     )
     def test_a_mistake_is_one_line_and_writes_nothing(self, words, expected, tmp_path, capsys):

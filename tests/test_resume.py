@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from diffrl import checkpoint
 from diffrl.algorithms.base import Algorithm
@@ -113,6 +115,41 @@ def test_stopped_and_resumed_it_is_the_run_that_never_was(name, words, tmp_path,
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     assert numbers(whole) == numbers(parts)
     assert bits(whole) == bits(parts)
+
+
+def test_killed_before_its_first_update_it_begins_again(words, tmp_path, monkeypatch):
+    assert main(words("ctrl", tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Algorithm, "step", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            main(words("ctrl", tmp_path / "parts"))
+    assert main(words("ctrl", tmp_path / "parts", "resume=auto")) == 0
+    whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+    assert numbers(whole) == numbers(parts)
+    assert bits(whole) == bits(parts)
+
+
+def test_an_update_without_a_finite_gradient_is_skipped_and_five_end_the_run(
+    words, tmp_path, monkeypatch, capsys
+):
+    step, count = Algorithm.step, [0]
+
+    def poisoned(self, policy, optimizer):
+        count[0] += 1
+        if count[0] == 2 or count[0] > 4:
+            policy.lora_parameters()[0].grad[0, 0] = float("nan")
+        return step(self, policy, optimizer)
+
+    monkeypatch.setattr(Algorithm, "step", poisoned)
+    assert main(words("ctrl", tmp_path)) == 0
+    skipped = [
+        line.get("train/skipped_steps", 0) for line in numbers(tmp_path / "run") if "train/loss" in line
+    ]
+    assert skipped == [0, 1, 0, 0]
+    assert main(words("ctrl", tmp_path, "name=other", "algo.updates=20")) == 2
+    assert "update 5: no finite gradient for 5 updates in a row; none was taken" in capsys.readouterr().err
+    control = load_file(tmp_path / "other" / "control.safetensors")
+    assert all(not table.any() for table in control.values())  # as it was before them
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(
