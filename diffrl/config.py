@@ -231,9 +231,12 @@ def facts(config: Config) -> dict[str, Any]:
 
 def same(stored: Mapping[str, Any], config: Config) -> bool:
     """Return whether `stored`, from `facts`, is `config`; younger settings count as defaults."""
-    parts = {group: type(getattr(config, group))() for group in GROUPS}
-    defaults = facts(Config(**parts))
-    return _flat(facts(config)) == _flat(defaults) | _flat(stored)
+    composed = _compose([f"{group}={chosen(config, group)}" for group in GROUPS])
+    defaults = _flat(OmegaConf.to_container(composed))  # type: ignore[arg-type]
+    now, then = _flat(facts(config)), _flat(stored)
+    return then.keys() <= now.keys() and all(
+        then.get(name, defaults.get(name)) == value for name, value in now.items()
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

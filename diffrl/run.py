@@ -7,6 +7,7 @@ A run that is stopped anywhere and resumed writes the same numbers as one that n
 is drawn in an update comes from the seed and the update's number alone, and a checkpoint holds the rest.
 """
 
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -69,7 +70,9 @@ def train(config: Config) -> Path:
     processes.wait()  # until all have seen that it is not there
     if processes.is_first():
         # under another name until it has a checkpoint: a run that is there can be resumed
-        draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        for left in folder.parent.glob(f".{folder.name}.draft-*"):  # of one that was killed right here
+            shutil.rmtree(left, ignore_errors=True)
+        draft = folder.with_name(f".{folder.name}.draft-{uuid.uuid4().hex}")
         draft.mkdir(parents=True)
         settings.write(config, draft / CONFIG_FILE)
         if isinstance(reward, LogLikelihood):
@@ -78,7 +81,7 @@ def train(config: Config) -> Path:
         run.save(draft / _CHECKPOINTS)
         draft.rename(folder)
     processes.wait()
-    return _finish(run, begin, {"time/setup_seconds": time.perf_counter() - begin} | fit_metrics(reward))
+    return _finish(run, begin)
 
 
 def resume(folder: Path) -> Path:
@@ -97,13 +100,13 @@ def _resume(folder: Path, config: Config, begin: float) -> Path:
         console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
         return folder
     console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
-    return _finish(run, begin, {} if run.log_size else fit_metrics(run.reward))
+    return _finish(run, begin)
 
 
-def _finish(run: "Run", begin: float, known: dict[str, Any]) -> Path:
+def _finish(run: "Run", begin: float) -> Path:
     with StopSignals() as stop, RunLog(run.folder, run.log_size, run.update) as log:
-        if known:
-            log.write(0, known)
+        if not run.log_size:
+            log.write(0, {"time/setup_seconds": time.perf_counter() - begin} | fit_metrics(run.reward))
         try:
             run.loop(log, stop)
         finally:  # a reward that breaks down must not cost what was learnt before it

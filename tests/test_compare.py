@@ -248,6 +248,10 @@ class TestCells:
         assert not config.same(stored, config.load(["eval_scales=[0.5]"]))
         assert not config.same(stored | {"gone": 1}, config.load([]))
 
+    def test_a_reward_that_needs_a_setting_is_compared_without_it(self):
+        asked = config.load(["algo=ddpo", "reward=vlm", "reward.model=judge"])
+        assert config.same(config.facts(asked), asked)
+
     @pytest.mark.parametrize("word", ["seed=3", "algo=ddpo", "name=x"])
     def test_what_the_suite_sets_is_not_set_beside_it(self, done, capsys, word):
         assert f"{word}: the suite sets {word.partition('=')[0]} itself" in fails(

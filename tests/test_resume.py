@@ -1,6 +1,5 @@
 """A run that is stopped and resumed is, to the bit, the run that never was."""
 
-import json
 import os
 import signal
 import sys
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 
 from diffrl import checkpoint
 from diffrl.algorithms.base import Algorithm
+from diffrl.benchmarks.soak import RUN, bits, numbers, soak
 from diffrl.cli import main
 from diffrl.run import resume
 
@@ -59,26 +59,6 @@ def words(tiny_path, cache, monkeypatch):
         ]
 
     return of
-
-
-def numbers(folder):
-    """Return every metric of a run but the times, which are the machine's."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {
-            name: value
-            for name, value in line.items()
-            if not name.startswith("time/") and "seconds" not in name
-        }
-        for line in lines
-    ]
-
-
-def bits(folder):
-    """Return the weights of a run, and all tensors of its last checkpoint."""
-    last = next(checkpoint.newest_first(folder / "checkpoints"))
-    files = [folder / "pytorch_lora_weights.safetensors", folder / "control.safetensors"]
-    return [path.read_bytes() for path in (*files, last / "tensors.safetensors")]
 
 
 @pytest.fixture
@@ -169,6 +149,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(
     assert "goes on after update 2 of 4" in said
     assert numbers(run) == numbers(tmp_path / "whole" / "run")
     assert bits(run) == bits(tmp_path / "whole" / "run")
+
+
+def test_killed_thirty_times_at_random_moments_it_is_the_run_that_never_was(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("DIFFRL_CACHE", str(cache))
+    result = soak(30, RUN, tmp_path, seed=0)
+    assert (result["kills"], result["failures"]) == (30, 0), result
+    assert result["runs"] > 1
 
 
 class TestMistakes:
