@@ -387,6 +387,7 @@ def _list(options: argparse.Namespace) -> None:
     for group, known in config.GROUPS.items():
         for name, kind in known.items():
             table.add_row(f"{group}={name}", escape((kind.__doc__ or "").splitlines()[0]))
+    table.add_row("reward=FILE.py:NAME", "A function (images, context) -> [N] of yours, or a class.")
     for name, line in config.experiments().items():
         table.add_row(f"+experiment={name}", line)
     for name, path in suites().items():

@@ -43,6 +43,7 @@ from diffrl.rewards.aesthetic import Aesthetic
 from diffrl.rewards.clip_score import ClipScore
 from diffrl.rewards.closed_form import Gaussian, Softmax
 from diffrl.rewards.compressibility import Compressibility
+from diffrl.rewards.custom import from_file, is_source
 from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
 from diffrl.rewards.multitask import Multitask
 from diffrl.rewards.vlm import VLM
@@ -144,6 +145,7 @@ def load(overrides: list[str]) -> Config:
     Raises:
         DiffRLError: a word that does not parse, an unknown group, name or key, a value of the wrong type.
     """
+    overrides = [_registered(word) for word in overrides]
     _check_groups(overrides)
     overrides = [*_own_reward(overrides), *overrides]
     try:
@@ -162,6 +164,7 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
     Raises:
         DiffRLError: a word that does not parse, an env among several that has a reward of its own.
     """
+    overrides = [_registered(word) for word in overrides]
     words = [word for word in overrides if word.partition("=")[0] != "hydra/launcher"]
     try:
         varied = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
@@ -199,6 +202,8 @@ def read(path: Path) -> Config:
         raise DiffRLError(f"{path.parent}: not a run directory, it has no {path.name}.")
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if source := stored["reward"].get("source"):
+            _registered(f"reward={source}")
         words = [f"{group}={stored.pop('_' + group)}" for group in GROUPS]
         composed = _compose(words)
         for key in set(_keys(composed)) - set(_keys(OmegaConf.create(stored))) - {"defaults"}:
@@ -248,8 +253,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def chosen(config: Config, group: str) -> str:
     """Return the name under which the config's algo, env, reward or guidance is known."""
-    kind = type(getattr(config, group))
-    return next(name for name, known in GROUPS[group].items() if known is kind)
+    part = getattr(config, group)
+    kind = type(part)
+    return next((name for name, known in GROUPS[group].items() if known is kind), "custom")
 
 
 def to_objects(composed: Any) -> Config:
@@ -275,6 +281,15 @@ def _compose(overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_module("diffrl.conf", version_base="1.3"):
         return compose("config", overrides=overrides)
+
+
+def _registered(word: str) -> str:
+    """Return the word; a reward in a file of the user's own is then known, as `custom`."""
+    key, _, name = word.partition("=")
+    if key != "reward" or not is_source(name):
+        return word
+    GROUPS["reward"]["custom"] = from_file(name)
+    return "reward=custom"
 
 
 def _check_groups(overrides: list[str]) -> None:
@@ -308,9 +323,10 @@ def _explain(error: Exception, overrides: list[str]) -> DiffRLError:
             return DiffRLError(f"{word}: cannot be parsed. Write key=value, with quotes round blanks.")
     bare = [word for word in overrides if word.lstrip("+").partition("=")[0] in {*GROUPS, "experiment"}]
     known = _keys(_compose(bare))
-    for key, override in words.items():
+    for key in words:
         if key not in known and key not in {*GROUPS, "experiment"}:
             return unknown_setting(key, known)
+    for key, override in words.items():
         if re.search(rf"full_key: {re.escape(key.rpartition('.')[2])}\b|{re.escape(key)}\b", text):
             reason = text.splitlines()[0]
             return DiffRLError(f"{key}={override.get_value_element_as_str()}: {reason}")

@@ -9,6 +9,7 @@ Shapes: N envs, T steps, C,H,W latent, L tokens of width E, A attributes of a la
 Source: DDPO, arXiv:2305.13301, section 4.2; CTRL, arXiv:2406.12120, appendix B, for the label.
 """
 
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,9 +172,18 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         """Nothing is held open."""
 
     def _score(self, images: Tensor, context: Context) -> Tensor:
-        reward = self.reward(images, context)
-        self.num_scored += len(images)
         name = type(self.reward).__name__
+        try:
+            reward = self.reward(images, context)
+        except (DiffRLError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:  # of whatever the reward is made of
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise DiffRLError(
+                f"reward {name} failed at {at.filename}:{at.lineno} on {len(images)} pictures, the first "
+                f"of {context.prompts[0]!r}: {type(error).__name__}: {error}"
+            ) from error
+        self.num_scored += len(images)
         if not isinstance(reward, Tensor) or not reward.is_floating_point():
             kind = str(reward.dtype) if isinstance(reward, Tensor) else type(reward).__name__
             raise DiffRLError(

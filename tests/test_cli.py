@@ -172,6 +172,10 @@ class TestTrain:
             (["reward=compresibility"], "Did you mean 'compressibility'?"),
             (["+experiment=ctrl_papr"], "Did you mean 'ctrl_paper'?"),
             (["algo.gama=3"], "algo.gama: no such setting. Did you mean 'algo.gamma'?"),
+            (
+                ["env=emoji", "env.num_step=3"],
+                "env.num_step: no such setting. Did you mean 'env.num_steps'?",
+            ),
             (["sead=3"], "sead: no such setting. Did you mean 'seed'?"),
             (["algo.gamma=strong"], "algo.gamma=strong: Value 'strong'"),
             (["seed=1.5"], "seed=1.5: Value '1.5'"),
