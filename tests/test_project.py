@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from conftest import assert_close
+
+from diffrl.rewards.custom import from_file
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -24,9 +29,24 @@ def test_both_commands_are_on_the_readme_s_first_screen():
     assert len(commands("\n".join(head))) == 2
 
 
-def test_the_readme_s_python_example_runs(tmp_path):
+def examples() -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readme_s_rewards_are_rewards(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(examples()[0])
+    red = torch.zeros(2, 3, 8, 8)
+    red[:, 0] = 1
+    assert from_file(f"{path}:redness")()(red, None).tolist() == [1.0, 1.0]
+    brightness = from_file(f"{path}:Brightness")(strength=3.0)
+    assert brightness.differentiable
+    assert_close(brightness(red, None), [1.0, 1.0], atol=1e-6)
+
+
+def test_the_readme_s_episode_runs(tmp_path):
+    example = examples()[1]
     out = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     assert "torch.Size([4, 3, 64, 64])" in out.stdout
