@@ -96,7 +96,7 @@ def resume(folder: Path) -> Path:
 def _resume(folder: Path, config: Config, begin: float) -> Path:
     run = Run(*untrained(folder, config), folder)
     run.load(folder / _CHECKPOINTS)
-    if run.update == config.algo.updates:
+    if run.log_size and run.update == config.algo.updates:  # without updates: begun is not done
         console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
         return folder
     console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")

@@ -11,7 +11,7 @@ from diffrl import checkpoint
 from diffrl.algorithms.base import Algorithm
 from diffrl.benchmarks.soak import RUN, bits, numbers, soak
 from diffrl.cli import main
-from diffrl.run import resume
+from diffrl.run import Run, resume
 
 UPDATES = 4
 SMALL = [
@@ -107,6 +107,16 @@ def test_killed_before_its_first_update_it_begins_again(words, tmp_path, monkeyp
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     assert numbers(whole) == numbers(parts)
     assert bits(whole) == bits(parts)
+
+
+def test_a_run_without_updates_that_was_killed_is_measured(words, tmp_path, monkeypatch):
+    command = [word for word in words("ctrl", tmp_path, "algo=none") if not word.startswith("algo.")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "loop", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            main(command)
+    assert main([*command, "resume=auto"]) == 0
+    assert "eval/kl_nats" in numbers(tmp_path / "run")[-1]
 
 
 def test_an_update_without_a_finite_gradient_is_skipped_and_five_end_the_run(
