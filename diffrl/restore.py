@@ -49,14 +49,19 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Rewar
         path: the run's folder.
         overrides: settings of `Config` to replace, such as the prompts.
     """
-    if not path.is_dir():
-        raise DiffRLError(f"{path}: no such run. 'ls runs' shows those in the default place.")
-    config = settings.read(path / CONFIG_FILE)
+    config = settings_of(path)
     for name, value in overrides.items():
         setattr(config, name, value)
     setup, policy, reward = untrained(path, config)
     weights.load(policy, path)
     return setup, policy, reward
+
+
+def settings_of(path: Path) -> Config:
+    """Return the settings of the run in a folder."""
+    if not path.is_dir():
+        raise DiffRLError(f"{path}: no such run. 'ls runs' shows those in the default place.")
+    return settings.read(path / CONFIG_FILE)
 
 
 def untrained(path: Path, config: Config) -> tuple[Setup, Policy, Reward]:

@@ -34,6 +34,7 @@ from diffrl.restore import (
     fit_metrics,
     measure,
     pretrained,
+    settings_of,
     untrained,
 )
 from diffrl.rewards.closed_form import ClosedForm
@@ -59,7 +60,7 @@ def train(config: Config) -> Path:
     begin = time.perf_counter()
     folder = _folder(config)
     if folder.exists():
-        if not settings.same(settings.facts(settings.read(folder / CONFIG_FILE)), config):
+        if not settings.same(settings.facts(settings_of(folder)), config):
             raise DiffRLError(
                 f"{folder}: a run of other settings, so resume=auto cannot go on with it. Give another "
                 f"name=..., or 'diffrl train --resume {folder}' for it as it is."
@@ -86,9 +87,7 @@ def train(config: Config) -> Path:
 
 def resume(folder: Path) -> Path:
     """Go on with a run from its last checkpoint that is whole, and return its folder."""
-    if not folder.is_dir():
-        raise DiffRLError(f"{folder}: no such run. 'ls runs' shows those in the default place.")
-    config = settings.read(folder / CONFIG_FILE)
+    config = settings_of(folder)
     config.root, config.name = str(folder.parent), folder.name  # it may have moved
     return _resume(folder, config, time.perf_counter())
 
