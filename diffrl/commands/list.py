@@ -1,0 +1,34 @@
+"""Show what can be chosen: algorithms, envs, rewards, presets, suites, prompt lists."""
+
+import argparse
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Take nothing."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from diffrl import config
+    from diffrl.benchmarks.suites import suites
+    from diffrl.envs.prompts import LISTS
+    from diffrl.log import console
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("choice", no_wrap=True)
+    table.add_column("what it is")
+    for group, known in config.GROUPS.items():
+        for name, kind in known.items():
+            table.add_row(f"{group}={name}", escape((kind.__doc__ or "").splitlines()[0]))
+    table.add_row("reward=FILE.py:NAME", "A function (images, context) -> [N] of yours, or a class.")
+    for name, line in config.experiments().items():
+        table.add_row(f"+experiment={name}", line)
+    for name, path in suites().items():
+        table.add_row(f"suite={name}", path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
+    for name, words in LISTS.items():
+        table.add_row(f"prompts={name}", f"{len(words)} words: {', '.join(words[:5])}, ...")
+    table.add_row("prompts=PATH.txt", "one prompt per line")
+    console.print(table)

@@ -1,0 +1,28 @@
+"""Train a policy; writes runs/NAME."""
+
+import argparse
+from pathlib import Path
+
+from diffrl.errors import DiffRLError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
+    every = "train every combination of settings given with commas, through hydra/launcher=..."
+    parser.add_argument("words", nargs="*", metavar="key=value", help="settings; see 'diffrl list'")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
+    parser.add_argument("-m", "--multirun", action="store_true", help=every)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, go on with a run, or sweep."""
+    from diffrl import config, run
+
+    if options.resume is not None:
+        if options.words or options.multirun:
+            raise DiffRLError(f"--resume {options.resume}: its settings are its own; give nothing besides.")
+        run.resume(options.resume)
+    elif options.multirun:
+        config.sweep(options.words, run.train)
+    else:
+        run.train(config.load(options.words))
