@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from diffrl import processes
-from diffrl.algorithms.base import Algorithm, batches
-from diffrl.algorithms.denoising import denoising_loss, draw_noise
+from diffrl.algorithms.denoising import DenoisingFit, denoising_loss, draw_noise
 from diffrl.datasets import Pictures, draw
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
@@ -24,7 +23,7 @@ from diffrl.types import NO_LABEL, Autoencoder, Context, LabelledReward, Traject
 
 
 @dataclass
-class ClassifierFree(Algorithm):
+class ClassifierFree(DenoisingFit):
     """Fit E|eps - eps_theta(x_t, t, c, y)|^2 to labelled pictures.
 
     They are those of `dataset`, drawn with replacement, each with its label and, if it has one, its prompt;
@@ -49,15 +48,10 @@ class ClassifierFree(Algorithm):
     drop_label: float = 0.1  # the share of pictures whose label is left out
     drop_prompt: float = 0.1  # the share whose prompt is, independently
 
-    needs_gradient: ClassVar[bool] = False
-    needs_noise: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "fit_batch_size"):
-            if getattr(self, name) < 1:
-                raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be 1 or more.")
         for name in ("drop_label", "drop_prompt"):
             if not 0 <= getattr(self, name) < 1:
                 raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be 0 or more and below 1.")
@@ -107,27 +101,23 @@ class ClassifierFree(Algorithm):
         """Fit the denoiser to the round's pictures."""
         batch = Trajectory.cat([trajectory.result() for trajectory in trajectories])
         reward = processes.joined(batch.reward)
-        ours, x_0 = processes.place(len(batch.context)), batch.latents[-1]
-        total, steps, norms = 0.0, 0, {}
-        for _ in range(self.epochs):
-            for samples in torch.randperm(len(reward)).split(self.fit_batch_size):
-                timestep, noise = draw_noise(policy, len(samples), x_0.shape[1:])
-                left_out = self.draw_left_out(len(samples))
-                for part in batches(processes.among(samples, ours), self.micro_batch_size):
-                    own = (samples[part] - ours.start).to(x_0.device)
-                    no_prompt, no_label = left_out[:, part].to(own.device)
-                    embeds, label = batch.context.prompt_embeds[own], batch.context.label[own]
-                    embeds = torch.where(no_prompt[:, None, None], policy.null_embeds, embeds)
-                    label = label.masked_fill(no_label[:, None], NO_LABEL)
-                    losses = denoising_loss(policy, x_0[own], embeds, label, timestep[part], noise[part])
-                    loss = losses.sum() / len(samples)
-                    loss.backward()
-                    total += float(loss.detach())
-                norms = self.step(policy, optimizer)
-                steps += 1
-        metrics = {"rollout/reward_mean": float(reward.mean())}
-        return norms | processes.summed({"train/loss": total / steps}) | metrics
+        weight = torch.ones_like(reward)
+        return self.fit(batch, weight, policy, optimizer) | {"rollout/reward_mean": float(reward.mean())}
+
+    def draw(self, policy: Policy, count: int, shape: torch.Size) -> tuple[Tensor, ...]:
+        """Return timestep, noise, and whose prompt and whose label are left out, bool `[count, 2]`."""
+        return *draw_noise(policy, count, shape), self.draw_left_out(count)
 
     def draw_left_out(self, count: int) -> Tensor:
-        """Return whose prompt and whose label are to be left out, bool `[2, count]`, independently."""
-        return torch.rand(2, count) < torch.tensor([[self.drop_prompt], [self.drop_label]])
+        """Return whose prompt and whose label are to be left out, bool `[count, 2]`, independently."""
+        share = torch.tensor([self.drop_prompt, self.drop_label])
+        return share > torch.rand(2, count).T
+
+    def losses(
+        self, policy: Policy, x_0: Tensor, prompt_embeds: Tensor, label: Tensor, *drawn: Tensor
+    ) -> Tensor:
+        """Return the loss of each picture, `[b]`, with its prompt, its label, or neither."""
+        *noise, left_out = drawn
+        no_prompt, no_label = left_out.to(x_0.device).T
+        embeds = torch.where(no_prompt[:, None, None], policy.null_embeds, prompt_embeds)
+        return denoising_loss(policy, x_0, embeds, label.masked_fill(no_label[:, None], NO_LABEL), *noise)

@@ -50,7 +50,7 @@ def test_pictures_are_the_pretrained_models_and_labels_their_own():
 
 def test_labels_and_prompts_are_left_out_in_their_shares_independently():
     torch.manual_seed(0)
-    no_prompt, no_label = ClassifierFree(drop_label=0.3, drop_prompt=0.1).draw_left_out(4000)
+    no_prompt, no_label = ClassifierFree(drop_label=0.3, drop_prompt=0.1).draw_left_out(4000).T
     assert_close(no_label.float().mean(), 0.3, atol=0.03)
     assert_close(no_prompt.float().mean(), 0.1, atol=0.02)
     assert_close((no_label & no_prompt).float().mean(), 0.03, atol=0.01)
@@ -60,7 +60,7 @@ def test_labels_and_prompts_are_left_out_in_their_shares_independently():
 def test_what_is_left_out_is_the_null_label_and_the_null_prompt(monkeypatch):
     policy, batch = collected(3)
     algorithm = ClassifierFree(epochs=1, batch_size=3, fit_batch_size=3, micro_batch_size=3)
-    left_out = torch.tensor([[True, False, False], [False, True, False]])
+    left_out = torch.tensor([[True, False], [False, True], [False, False]])
     monkeypatch.setattr(algorithm, "draw_left_out", lambda count: left_out)
     seen = []
     eps = policy.eps
