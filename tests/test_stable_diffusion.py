@@ -217,7 +217,13 @@ class TestLoading:
         with pytest.raises(DiffRLError, match="nobody/nothing: no such folder here, not in the cache"):
             StableDiffusion.load("nobody/nothing")
 
-    def test_decoding_in_slices_changes_nothing(self, tiny):
+    def test_decoding_in_slices_changes_nothing(self, tiny, monkeypatch):
         latents = torch.randn(5, 4, 8, 8)
         with torch.no_grad():
-            assert_close(tiny.decode(latents, slice_size=2), tiny.decode(latents), atol=1e-6)
+            at_once = tiny.decode(latents)
+            monkeypatch.setattr(tiny, "slice_size", 2)
+            assert_close(tiny.decode(latents), at_once, atol=1e-6)
+
+    @pytest.mark.parametrize(("side", "pictures"), [(64, 16), (128, 16), (256, 4), (512, 1), (768, 1)])
+    def test_the_autoencoder_takes_one_picture_of_512_pixels_at_a_time(self, tiny_path, side, pictures):
+        assert StableDiffusion.load(str(tiny_path), image_size=side).slice_size == pictures

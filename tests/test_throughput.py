@@ -96,8 +96,7 @@ def decoder_activations_kept(policy, env, monkeypatch):
 
 
 def decoded_one_by_one(policy, env, monkeypatch):
-    decode = env.backbone.decode
-    monkeypatch.setattr(env.backbone, "decode", lambda latents: decode(latents, slice_size=1))
+    env.backbone.slice_size = 1
 
 
 @pytest.mark.parametrize(

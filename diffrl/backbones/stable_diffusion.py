@@ -17,6 +17,8 @@ from diffrl.errors import DiffRLError
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of the denoiser's weights and activations, by name."""
 
+_PIXELS_AT_ONCE = 512**2
+
 
 class StableDiffusion(nn.Module):
     """The frozen parts of a checkpoint, at any size.
@@ -40,6 +42,8 @@ class StableDiffusion(nn.Module):
             raise DiffRLError(
                 f"env.image_size={image_size}: must be a multiple of {self._scale}, the side of one latent."
             )
+        # pictures the autoencoder takes at a time: its activations are most of what a gradient holds
+        self.slice_size = max(1, min(16, _PIXELS_AT_ONCE // self.image_size**2))
         self.checkpointing = True  # decode: compute activations again in the backward pass
         self.requires_grad_(False).eval()
 
@@ -91,19 +95,17 @@ class StableDiffusion(nn.Module):
         ).input_ids
         return self.text_encoder(tokens.to(self.text_encoder.device)).last_hidden_state
 
-    def encode(
-        self, images: Tensor, generator: torch.Generator | None = None, slice_size: int = 16
-    ) -> Tensor:
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return latents `[N, C, H, W]` of pictures: drawn with `generator`, or without one their mean."""
         latents = []
-        for part in images.split(slice_size):
+        for part in images.split(self.slice_size):
             law = self.vae.encode(2 * part - 1).latent_dist
             latents.append(law.mean if generator is None else law.sample(generator))
         return self.vae.config.scaling_factor * torch.cat(latents)
 
-    def decode(self, latents: Tensor, slice_size: int = 16) -> Tensor:
-        """Return pictures `[N, 3, S, S]` in [0, 1], `slice_size` at a time to bound the memory."""
-        return torch.cat([self._decode(part) for part in latents.split(slice_size)])
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pictures `[N, 3, S, S]` in [0, 1], `slice_size` at a time."""
+        return torch.cat([self._decode(part) for part in latents.split(self.slice_size)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         def run(latents: Tensor) -> Tensor:
