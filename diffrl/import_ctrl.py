@@ -14,9 +14,9 @@ from torch import Tensor
 
 from diffrl import config as settings
 from diffrl.errors import DiffRLError
+from diffrl.foreign_weights import read_weights
 from diffrl.restore import CLASSIFIER_FILE, CONFIG_FILE
 from diffrl.rewards.log_likelihood import LogLikelihood
-from diffrl.rewards.weights import read_weights
 from diffrl.weights import CONTROL_FILE
 
 _LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")

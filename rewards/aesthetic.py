@@ -12,8 +12,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from diffrl.errors import DiffRLError
+from diffrl.foreign_weights import read_weights
 from diffrl.rewards.clip import VIT_L_14, load_clip
-from diffrl.rewards.weights import read_head, read_weights
+from diffrl.rewards.head import read_head
 from diffrl.types import Context
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.errors import DiffRLError
+from diffrl.foreign_weights import read_weights
 from diffrl.rewards.classifier import Classifier
+from diffrl.rewards.head import read_head
 from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
 from diffrl.rewards.measures import MEASURES
-from diffrl.rewards.weights import read_head, read_weights
 
 
 def load_reward(

@@ -191,7 +191,7 @@ class TestPickle:
         assert_same(StableDiffusion.load(str(pickle)), StableDiffusion.load(str(tiny_path)))
 
         self.malicious(pickle, tmp_path / "executed")
-        with pytest.raises(DiffRLError, match=r"tiny.ckpt: damaged, or a pickle with more than tensors"):
+        with pytest.raises(DiffRLError, match=r"tiny.ckpt: damaged, or it holds more than tensors"):
             StableDiffusion.load(str(pickle))
         assert not (tmp_path / "executed").exists()
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
@@ -15,12 +14,11 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffrl.backbones.architectures import NETWORKS, SD_V1, SD_V2, Configs, read_configs
 from diffrl.errors import DiffRLError
+from diffrl.foreign_weights import read_weights
 
 _OPEN_CLIP = "cond_stage_model.model."
 _DENOISER = "model.diffusion_model."
@@ -72,19 +70,10 @@ def read_file(model: str, path: Path) -> tuple[dict[str, nn.Module], Configs]:
 
 def _tensors(model: str, path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise DiffRLError(
-            f"env.model={model}: damaged or cut short ({error}). Download it again."
-        ) from error
-    except Exception as error:  # whatever a pickle may do wrong
-        raise DiffRLError(
-            f"env.model={model}: damaged, or a pickle with more than tensors in it, which could run any "
-            "code and was not run. Give a .safetensors file."
-        ) from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else {}
+        found = read_weights(path)
+    except DiffRLError as error:
+        raise DiffRLError(f"env.model={model}: {str(error).removeprefix(f'{path}: ')}") from error
+    found = found.get("state_dict", found)
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 

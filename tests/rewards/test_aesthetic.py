@@ -10,13 +10,13 @@ from tiny_clip import SIDE, WIDTH, head, head_state, pictures, stock_embeddings,
 from torch.nn import functional as F
 
 from diffrl.errors import DiffRLError
+from diffrl.foreign_weights import read_weights
 from diffrl.rewards.aesthetic import Aesthetic, aesthetic_score
 from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.clip import load_clip
 from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
 from diffrl.rewards.measures import MEASURES
 from diffrl.rewards.multitask import Multitask
-from diffrl.rewards.weights import read_weights
 from diffrl.types import Context
 
 
