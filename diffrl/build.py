@@ -28,6 +28,7 @@ from diffrl.envs.prompts import load_prompts
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
 from diffrl.policy import Policy, Pretrained
+from diffrl.rewards.clip import load_clip
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import LAYOUT, LogLikelihood
 from diffrl.rollout import rollout
@@ -232,8 +233,8 @@ def check(config: Config) -> None:
     for option in ("checkpoint_every", "keep_last"):
         if getattr(config, option) < 1:
             raise DiffRLError(f"{option}={getattr(config, option)}: must be 1 or more.")
-    if config.clip is not None and not Path(config.clip).is_dir():
-        raise DiffRLError(f"clip={config.clip}: no such folder. Give that of a CLIP model.")
+    if config.clip is not None:
+        load_clip(config.clip)  # kept for the evaluations, or refused before anything is trained
     if config.eval_scales and getattr(config.env, "num_dims", None) is not None:
         raise DiffRLError(
             f"eval_scales={config.eval_scales}: for pictures; give 'diffrl eval' --control-scale."

@@ -97,7 +97,7 @@ class Config:
     eval_prompts: str | None = None  # of evaluations, such as eval_animals; null: the same
     dataset: str | None = None  # AVA, metadata.csv or .jsonl, or pictures; null: drawn from the model
     dataset_workers: int = 0  # processes that read its pictures; 0: this one
-    clip: str | None = None  # folder of a CLIP model, for CLIPScore
+    clip: str | None = None  # a CLIP model, a folder or a hub id, for CLIPScore
     seed: int = 0
     resume: str = "never"  # or auto: go on with the run of this name, if it is there
     checkpoint_every: int = 50  # updates between two checkpoints, from which a run can be resumed

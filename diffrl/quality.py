@@ -55,6 +55,6 @@ def clip_score(images: Tensor, prompts: Sequence[str], model: str | None) -> flo
         model: folder of a CLIP model in the layout of transformers, or a hub id.
     """
     if model is None:
-        return "not available: give the folder of a CLIP model as clip=PATH"
+        return "not available: give a CLIP model, a folder or a hub id, as clip=PATH"
     with torch.no_grad():
         return max(100 * float(load_clip(model).similarity(images, prompts).mean()), 0.0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
@@ -20,6 +21,7 @@ VIT_L_14 = "openai/clip-vit-large-patch14"
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _BATCH = 64  # pictures at a time
+_WANTED = ["*.json", "*.txt", "*.safetensors"]
 
 
 class CLIP:
@@ -33,15 +35,18 @@ class CLIP:
     """
 
     def __init__(self, source: str) -> None:
+        here = Path(source).is_dir()
         try:
-            self._tokenizer: Any = CLIPTokenizer.from_pretrained(source)
-            self._model: Any = CLIPModel.from_pretrained(source)
+            # in one request: transformers asks for each file, six times where there is no network
+            folder = source if here else snapshot_download(source, allow_patterns=_WANTED)
+            self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            self._model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # each library has its own; all mean that it cannot be loaded
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            where = "the folder" if Path(source).is_dir() else "the hub and its cache (HF_HOME)"
+            where = "the folder" if here else "the hub and its cache (HF_HOME)"
             raise DiffRLError(
-                f"clip={source}: cannot be loaded from {where}: {reason} Give the folder of a CLIP "
-                f"model in the layout of transformers, or a hub id such as {VIT_L_14}."
+                f"clip={source}: cannot be loaded from {where}: {reason.rstrip('.')}. Give the folder of a "
+                f"CLIP model in the layout of transformers, or a hub id such as {VIT_L_14}."
             ) from error
         self._model.requires_grad_(False).eval().float()
         self._prompts: dict[str, Tensor] = {}  # embedded so far

@@ -1,14 +1,17 @@
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_close
+from huggingface_hub import constants
 from test_cli import fails
 from tiny_clip import SIDE, write_clip
 from transformers import CLIPModel, CLIPProcessor
 
 from diffrl.quality import brisque, clip_score, diversity
+from diffrl.rewards.clip import CLIP
 
 
 def flat(*values):
@@ -74,5 +77,15 @@ class TestClipScore:
     def test_without_a_model_it_says_what_to_give(self):
         assert "clip=PATH" in clip_score(flat(0.1), ["cat"], None)
 
+    def test_a_hub_id_in_the_cache_needs_no_network(self, clip, tmp_path, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        home = tmp_path / "models--some--clip"
+        shutil.copytree(clip, home / "snapshots" / ("a" * 40))
+        (home / "refs").mkdir()
+        (home / "refs" / "main").write_text("a" * 40)
+        images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        found = CLIP("some/clip").similarity(images, ["cat", "dog"])
+        assert_close(found, CLIP(clip).similarity(images, ["cat", "dog"]), atol=0)
+
     def test_a_folder_that_is_not_there_is_named(self, capsys):
-        assert "clip=nowhere: no such folder" in fails(capsys, "train", "clip=nowhere")
+        assert "clip=nowhere: cannot be loaded from the hub" in fails(capsys, "train", "clip=nowhere")
