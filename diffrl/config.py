@@ -7,7 +7,7 @@ each. Presets are YAML in `diffrl/conf/`.
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ class Config:
     eval_every: int = 50  # updates between two evaluations
     eval_batch: int = 64  # pictures, or particles, that an evaluation draws at a time
     eval_pictures: int = 64  # of an evaluation on the way; the last one draws four times as many
+    # stays last: a stored file that has it was not cut short
     eval_scales: list[float] = field(default_factory=list)  # of the control, that the last one tries too
 
 
@@ -197,7 +198,11 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
 
 
 def read(path: Path) -> Config:
-    """Return the settings of a run's `config.yaml`."""
+    """Return the settings of a run's `config.yaml`; those younger than the run are their defaults.
+
+    Raises:
+        DiffRLError: no such file, one that is damaged or cut short, a setting that this version lacks.
+    """
     if not path.is_file():
         raise DiffRLError(f"{path.parent}: not a run directory, it has no {path.name}.")
     try:
@@ -206,10 +211,10 @@ def read(path: Path) -> Config:
             _registered(f"reward={source}")
         words = [f"{group}={stored.pop('_' + group)}" for group in GROUPS]
         composed = _compose(words)
-        for key in set(_keys(composed)) - set(_keys(OmegaConf.create(stored))) - {"defaults"}:
-            raise ValueError(f"{key!r} is missing: it is cut short, or of an older version")
+        if (last := fields(Config)[-1].name) not in stored:
+            raise ValueError(f"it is cut short: its last setting, {last!r}, is missing")
         return to_objects(OmegaConf.merge(composed, stored))
-    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # YAML's errors have several lines
         raise DiffRLError(f"{path}: cannot be read as a run's settings ({reason}).") from error
 
