@@ -15,6 +15,7 @@ from diffrl.algorithms.base import Algorithm
 from diffrl.backbones.stable_diffusion import PRECISIONS
 from diffrl.benchmarks.plain import PlainLoop
 from diffrl.build import Setup
+from diffrl.memory import is_exhausted
 from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
@@ -171,10 +172,8 @@ def main() -> None:
     row, words, rounds = json.loads(sys.argv[1])
     try:
         record = measure(row, words, rounds)
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        record = OUT_OF_MEMORY
-    except RuntimeError as error:  # so it is on a CPU
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_exhausted(error):
             raise
         record = OUT_OF_MEMORY
     print(json.dumps(record))

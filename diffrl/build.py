@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from diffrl import __version__, datasets, processes
+from diffrl import __version__, datasets, memory, processes
 from diffrl import config as settings
 from diffrl.algorithms.base import check_choice
 from diffrl.algorithms.guidance.base import Guidance
@@ -35,7 +35,6 @@ from diffrl.rollout import rollout
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward
 
-_DRAW_BATCH = 64
 _FEW = 100  # pictures of a class
 
 
@@ -161,9 +160,10 @@ class Setup:
 
     def _draw(self, policy: Policy, count: int) -> Tensor:
         """Return `count` pictures of the pretrained model, uint8: CTRL's offline dataset."""
-        env = self.make_env(Jpeg(), min(_DRAW_BATCH, count))
+        at_once = self.config.eval_batch
+        env = self.make_env(Jpeg(), min(at_once, count))
         generator, pictures = self.generator(1), []
-        with progress("drawing the offline dataset", count) as bar:
+        with progress("drawing the offline dataset", count) as bar, memory.told("eval_batch", at_once):
             for batch in range(-(-count // env.num_envs)):
                 seed = None if batch else self.config.seed
                 images = rollout(env, Pretrained(policy), generator, seed=seed).images
@@ -179,7 +179,7 @@ class Setup:
         facts = [__version__, LAYOUT, settings.chosen(config, "reward"), fitted, config.seed]
         if self.dataset is None:
             env = asdict(config.env) | {"model": fingerprint(config.env.model)}
-            facts += [env, self.prompts, str(self.device.type)]
+            facts += [env, self.prompts, config.eval_batch, str(self.device.type)]
         else:
             facts.append(self.dataset.fingerprint())
         digest.update(json.dumps(facts, sort_keys=True).encode())

@@ -6,7 +6,7 @@ each. Presets are YAML in `diffrl/conf/`.
 
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class Config:
     root: str = "runs"  # where runs are kept
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     eval_every: int = 50  # updates between two evaluations
-    eval_batch: int = 64  # pictures, or particles, that an evaluation draws at a time
+    eval_batch: int = 64  # pictures, or particles, drawn at a time where nothing is learnt from them
     eval_pictures: int = 64  # of an evaluation on the way; the last one draws four times as many
     # stays last: a stored file that has it was not cut short
     eval_scales: list[float] = field(default_factory=list)  # of the control, that the last one tries too
@@ -197,8 +197,12 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
         sys.argv = arguments
 
 
-def read(path: Path) -> Config:
+def read(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the settings of a run's `config.yaml`; those younger than the run are their defaults.
+
+    Args:
+        path: of the file.
+        overrides: `key=value` words that go before it.
 
     Raises:
         DiffRLError: no such file, one that is damaged or cut short, a setting that this version lacks.
@@ -213,7 +217,7 @@ def read(path: Path) -> Config:
         composed = _compose(words)
         if (last := fields(Config)[-1].name) not in stored:
             raise ValueError(f"it is cut short: its last setting, {last!r}, is missing")
-        return to_objects(OmegaConf.merge(composed, stored))
+        return to_objects(OmegaConf.merge(composed, stored, OmegaConf.from_dotlist(list(overrides))))
     except (OSError, TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # YAML's errors have several lines
         raise DiffRLError(f"{path}: cannot be read as a run's settings ({reason}).") from error
@@ -221,7 +225,9 @@ def read(path: Path) -> Config:
 
 def write(config: Config, path: Path) -> None:
     """Write every setting as YAML, with the names of the chosen components."""
-    path.write_text(yaml.safe_dump(_stored(config), sort_keys=False), encoding="utf-8")
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(yaml.safe_dump(_stored(config), sort_keys=False), encoding="utf-8")
+    draft.replace(path)
 
 
 def _stored(config: Config) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From settings, or from a run's folder, to a model, its policy and its reward; and what these measure."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,11 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Rewar
     return setup, policy, reward
 
 
-def settings_of(path: Path) -> Config:
-    """Return the settings of the run in a folder."""
+def settings_of(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the settings of the run in a folder, with some `key=value` words that go before them."""
     if not path.is_dir():
         raise DiffRLError(f"{path}: no such run. 'ls runs' shows those in the default place.")
-    return settings.read(path / CONFIG_FILE)
+    return settings.read(path / CONFIG_FILE, overrides)
 
 
 def untrained(path: Path, config: Config) -> tuple[Setup, Policy, Reward]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrl import __version__, checkpoint, processes, weights
+from diffrl import __version__, checkpoint, memory, processes, weights
 from diffrl import config as settings
 from diffrl.algorithms.averaging import WeightAverage
 from diffrl.build import Setup
@@ -45,6 +45,7 @@ from diffrl.types import EVALUATION_SEED, Reward, Trajectory
 _CHECKPOINTS = "checkpoints"
 _GRID_COLUMNS = 8
 _ACTIONS, _EPISODES, _SHUFFLES = 2, 5, 6  # streams of random numbers
+_AT_A_TIME = ("algo.micro_batch_size", "eval_batch")  # pictures held at once: settings of the machine
 _MOST_SKIPPED = 5  # updates in a row without a finite gradient
 
 
@@ -85,9 +86,24 @@ def train(config: Config) -> Path:
     return _finish(run, begin)
 
 
-def resume(folder: Path) -> Path:
-    """Go on with a run from its last checkpoint that is whole, and return its folder."""
-    config = settings_of(folder)
+def resume(folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Go on with a run from its last checkpoint that is whole, and return its folder.
+
+    Args:
+        folder: of the run.
+        overrides: `key=value` words of how many pictures are held at a time, the run's from here on: for a
+            machine with less memory. They change what is drawn, not the law it is drawn from.
+
+    Raises:
+        DiffRLError: no such run, none of its checkpoints is whole, or another setting among the words.
+    """
+    for word in overrides:
+        if word.partition("=")[0] not in _AT_A_TIME:
+            raise DiffRLError(
+                f"{word}: the settings of {folder} are its own; all that may change is "
+                f"{' and '.join(_AT_A_TIME)}."
+            )
+    config = settings_of(folder, overrides)
     config.root, config.name = str(folder.parent), folder.name  # it may have moved
     return _resume(folder, config, time.perf_counter())
 
@@ -98,6 +114,8 @@ def _resume(folder: Path, config: Config, begin: float) -> Path:
     if run.log_size and run.update == config.algo.updates:  # without updates: begun is not done
         console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
         return folder
+    if processes.is_first():
+        settings.write(config, folder / CONFIG_FILE)  # as it goes on
     console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
     return _finish(run, begin)
 
@@ -189,7 +207,8 @@ class Run:
         torch.manual_seed(self.setup.seed(_SHUFFLES, self.update))  # the same in every process
         begin, calls = time.perf_counter(), self.policy.num_calls
         hits: list[Tensor] = []
-        metrics = algo.update(self._collect(hits), self.policy, self.optimizer)
+        with memory.told(_AT_A_TIME[0], algo.micro_batch_size, self.folder, of=algo.batch_size):
+            metrics = algo.update(self._collect(hits), self.policy, self.optimizer)
         if hits:
             metrics["rollout/accuracy"] = float(processes.joined(torch.cat(hits)).float().mean())
         calls = int(processes.summed({"": self.policy.num_calls - calls})[""])
@@ -279,7 +298,8 @@ class Run:
     def _evaluate(self, log: RunLog, num_pictures: int) -> None:
         if processes.is_first():
             weights.save(self.policy, self.folder)  # a killed run keeps what is measured here
-            self._measure(log, num_pictures)
+            with memory.told(_AT_A_TIME[1], self.config.eval_batch, self.folder):
+                self._measure(log, num_pictures)
         processes.wait()
 
     def _measure(self, log: RunLog, num_pictures: int) -> None:

@@ -5,12 +5,16 @@ import signal
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from diffrl import checkpoint
+from diffrl import checkpoint, memory
 from diffrl.algorithms.base import Algorithm
 from diffrl.benchmarks.soak import RUN, bits, numbers, soak
 from diffrl.cli import main
+from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.errors import DiffRLError
+from diffrl.restore import settings_of
 from diffrl.run import Run, resume
 
 UPDATES = 4
@@ -168,6 +172,69 @@ def test_killed_thirty_times_at_random_moments_it_is_the_run_that_never_was(tmp_
     assert result["runs"] > 1
 
 
+class TestOutOfMemory:
+    CPU = RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 B"
+    )
+
+    @pytest.fixture(params=[CPU, torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=type)
+    def only_two(self, request, monkeypatch):
+        """Return a function after which the machine holds two pictures at a time and no more."""
+        reset = DenoisingVectorEnv.reset
+
+        def limited(env, **kwargs):
+            if env.num_envs > 2:
+                raise request.param
+            return reset(env, **kwargs)
+
+        return lambda: monkeypatch.setattr(DenoisingVectorEnv, "reset", limited)
+
+    def line(self, capsys, command):
+        capsys.readouterr()
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    def test_training_says_what_would_fit_and_goes_on_so(self, words, tmp_path, only_two, capsys):
+        only_two()
+        line = self.line(capsys, words("reward_backprop", tmp_path, "eval_batch=2"))
+        assert "algo.micro_batch_size=4: out of memory." in line
+        command = line.partition("diffrl train ")[2].split()
+        assert command == ["--resume", str(tmp_path / "run"), "algo.micro_batch_size=2"]
+        assert main(["train", *command]) == 0
+        assert settings_of(tmp_path / "run").algo.micro_batch_size == 2
+        assert numbers(tmp_path / "run")[-1]["update"] == UPDATES
+
+    def test_drawing_the_data_set_and_evaluating_say_what_would_fit(
+        self, words, tmp_path, only_two, capsys
+    ):
+        small = ["algo.micro_batch_size=2", "eval_batch=4", "eval_pictures=4", "algo.updates=1"]
+        assert main(words("reward_backprop", tmp_path / "large", *small)) == 0
+        only_two()
+        line = self.line(capsys, words("reward_backprop", tmp_path, *small))
+        assert "eval_batch=4: out of memory." in line
+        assert line.endswith(f"diffrl train --resume {tmp_path / 'run'} eval_batch=2")
+        line = self.line(capsys, words("reward_backprop", tmp_path, *small, "seed=1", "name=other"))
+        assert "eval_batch=4: out of memory." in line
+        assert line.endswith("Take fewer at a time: eval_batch=2")
+
+
+def test_the_next_smaller_micro_batch_divides_the_batch(tmp_path):
+    for value, of, less in ((6, 6, 3), (9, 9, 3), (5, 5, 1), (4, 12, 2), (7, 0, 3)):
+        with pytest.raises(DiffRLError, match=f"name={less}$"), memory.told("name", value, tmp_path, of=of):
+            raise MemoryError
+
+
+def test_with_one_picture_at_a_time_it_says_what_else_there_is(tmp_path):
+    with pytest.raises(DiffRLError, match=r"env.precision=bf16"), memory.told("name", 1, tmp_path):
+        raise MemoryError
+
+
+def test_another_error_is_left_alone(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes differ"), memory.told("name", 4, tmp_path):
+        raise RuntimeError("shapes differ")
+
+
 class TestMistakes:
     @pytest.fixture
     def run(self, words, tmp_path):
@@ -190,7 +257,12 @@ class TestMistakes:
     def test_other_settings_no_checkpoint_and_no_run_are_named(self, run, words, tmp_path, capsys):
         other = words("reward_backprop", tmp_path, "algo.updates=1", "resume=auto", "seed=1")
         assert "a run of other settings, so resume=auto cannot go on" in self.line(capsys, *other)
-        assert "its settings are its own" in self.line(capsys, "train", "--resume", run, "seed=1")
+        line = self.line(capsys, "train", "--resume", run, "seed=1")
+        assert "seed=1: the settings of" in line
+        assert "all that may change is algo.micro_batch_size and eval_batch" in line
+        assert "algo.batch_size=4: algo.micro_batch_size=3 does not divide it" in self.line(
+            capsys, "train", "--resume", run, "algo.micro_batch_size=3"
+        )
         assert "no such run" in self.line(capsys, "train", "--resume", tmp_path / "none")
         for folder in checkpoint.newest_first(run / "checkpoints"):
             (folder / checkpoint.MANIFEST).unlink()

@@ -19,9 +19,9 @@ def run(options: argparse.Namespace) -> None:
     from diffrl import config, run
 
     if options.resume is not None:
-        if options.words or options.multirun:
-            raise DiffRLError(f"--resume {options.resume}: its settings are its own; give nothing besides.")
-        run.resume(options.resume)
+        if options.multirun:
+            raise DiffRLError(f"--resume {options.resume} -m: it is one run, not several.")
+        run.resume(options.resume, options.words)
     elif options.multirun:
         config.sweep(options.words, run.train)
     else:
