@@ -38,6 +38,7 @@ class Algorithm(ABC):
     needs_gradient: ClassVar[bool]
     needs_labels: ClassVar[bool] = False  # a true one of each picture
     needs_noise: ClassVar[bool]  # eta > 0: a log-probability or a KL is asked for
+    restraint: ClassVar[str] = "Train for fewer updates, or keep_best=eval/prompt_fidelity."  # if hacked
 
     def __post_init__(self) -> None:
         least = {"updates": self.fewest_updates, "batch_size": 1, "micro_batch_size": 1}
@@ -87,7 +88,7 @@ class Algorithm(ABC):
 
     def rate(self, update: int) -> float:
         """Return the factor on both learning rates at an update, counted from 0."""
-        return 1.0 if self.decay == "constant" else 1 - update / self.updates
+        return 1.0 if self.decay == "constant" else 1 - update / max(self.updates, 1)
 
     def averaged(self, update: int) -> bool:
         """Return whether the weights after an update, counted from 0, belong to the mean."""

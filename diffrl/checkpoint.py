@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,24 @@ class DamagedError(DiffRLError):
     """A checkpoint whose files are not those that its manifest tells of."""
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, and what it claims of the state that is made of it."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    claims: dict[str, Any]
+
+
 def write(
-    parent: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 1
+    parent: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    claims: Mapping[str, Any] | None = None,
+    keep: int = 1,
+    spare: int | None = None,
 ) -> Path:
     """Write a checkpoint of these tensors and facts, delete all but the last `keep`, and return its folder.
 
@@ -42,7 +59,9 @@ def write(
         step: counts updates; one that is there already and whole is left: the same step is the same state.
         tensors: by name.
         state: in JSON's types.
+        claims: of the live state, in JSON's types, for who loads it to hold against what came of it.
         keep: 1 or more.
+        spare: the step of one that is kept however old.
 
     Raises:
         DiffRLError: it cannot be written; those before it are as they were.
@@ -63,7 +82,7 @@ def write(
         draft.mkdir(parents=True)
         for name, content in contents.items():
             _write(draft / name, content)
-        _write(draft / MANIFEST, _manifest(step, contents))
+        _write(draft / MANIFEST, _manifest(step, contents, claims or {}))
         _sync(draft)
         os.rename(draft, folder)
         _sync(parent)
@@ -73,20 +92,21 @@ def write(
             f"{folder}: the checkpoint cannot be written ({error.strerror or error}). Those before it are "
             "intact; make room, then go on with --resume."
         ) from error
-    for old in [*_steps(parent)[:-keep], *parent.glob(f"*{_DRAFT}*")]:  # drafts: of saves that were killed
+    olds = [old for old in _steps(parent)[:-keep] if step_of(old) != spare]
+    for old in [*olds, *parent.glob(f"*{_DRAFT}*")]:  # drafts: of saves that were killed
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
-def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the facts of a checkpoint.
+def read(folder: Path) -> Checkpoint:
+    """Return what a checkpoint holds.
 
     Raises:
         DamagedError: a file is missing, or has another size or content than when it was written.
     """
-    contents = _verified(folder)
+    claims, contents = _verified(folder)
     try:
-        return load(contents[_TENSORS]), json.loads(contents[_STATE])
+        return Checkpoint(load(contents[_TENSORS]), json.loads(contents[_STATE]), claims)
     except (KeyError, SafetensorError, ValueError) as error:
         raise DamagedError(f"{folder}: not a checkpoint of this version ({error}).") from error
 
@@ -101,28 +121,38 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of tensors as they lie now, of shapes and bits."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(save({"": tensor.detach().cpu().contiguous()}))
+    return found.hexdigest()
+
+
 def _steps(parent: Path) -> list[Path]:
     found = parent.iterdir() if parent.is_dir() else ()
     return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def _manifest(step: int, contents: Mapping[str, bytes]) -> bytes:
+def _manifest(step: int, contents: Mapping[str, bytes], claims: Mapping[str, Any]) -> bytes:
     files = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in contents.items()
     }
-    facts = json.dumps({"step": step, "files": files}, indent=1)
+    facts = json.dumps({"step": step, "claims": claims, "files": files}, indent=1)
     return f"{hashlib.sha256(facts.encode()).hexdigest()}\n{facts}\n".encode()
 
 
-def _verified(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file that the manifest names."""
+def _verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return the manifest's claims, and the content of every file that it names."""
     path = folder / MANIFEST
     try:
         digest, facts = path.read_bytes().split(b"\n", 1)
         if digest != hashlib.sha256(facts.removesuffix(b"\n")).hexdigest().encode() or facts[-1:] != b"\n":
             raise DamagedError(f"{path}: damaged, its own hash is another.")
         manifest = json.loads(facts)
+        if manifest["step"] != step_of(folder):
+            raise DamagedError(f"{path}: of step {manifest['step']}, its folder was renamed.")
         contents = {}
         for name, known in manifest["files"].items():
             content = (folder / name).read_bytes()
@@ -132,7 +162,7 @@ def _verified(folder: Path) -> dict[str, bytes]:
             if hashlib.sha256(content).hexdigest() != known["sha256"]:
                 raise DamagedError(f"{folder / name}: damaged, its SHA-256 is another.")
             contents[name] = content
-        return contents
+        return manifest.get("claims", {}), contents
     except OSError as error:
         raise DamagedError(f"{error.filename or path}: cannot be read ({error.strerror}).") from error
     except (ValueError, KeyError) as error:

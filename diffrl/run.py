@@ -259,20 +259,39 @@ class Run:
             "algorithm": self.config.algo.state_dict(),
             "versions": {"diffrl": __version__, "torch": torch.__version__},
         }
-        checkpoint.write(parent, self.update, tensors, state, keep=self.config.keep_last)
+        keep = self.config.keep_last
+        checkpoint.write(parent, self.update, tensors, state, claims=self._claims(), keep=keep)
 
     def load(self, parent: Path) -> None:
         """Take up the last checkpoint that is whole; say which ones are not."""
         for folder in checkpoint.newest_first(parent):
             try:
-                tensors, state = checkpoint.read(folder)
+                stored = checkpoint.read(folder)
             except checkpoint.DamagedError as error:
                 console.print(f"[bold]{error}[/] The one before it is tried.")
-            else:
-                return self._take_up(folder, tensors, state)
+                continue
+            try:
+                return self._take_up(folder, stored)
+            except KeyError as missing:
+                version = stored.state.get("versions", {}).get("diffrl")
+                raise DiffRLError(
+                    f"{folder}: it lacks {missing}; diffrl {version} wrote it, this is {__version__}. "
+                    "Train again under another name."
+                ) from missing
         raise DiffRLError(f"{parent}: no whole checkpoint in it; train again under another name.")
 
-    def _take_up(self, folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _claims(self) -> dict[str, Any]:
+        """Return what is true of the state as it lies here, to be held against a checkpoint's manifest."""
+        trained = [*self.policy.lora_parameters(), *self.policy.embedding_parameters()]
+        rate = self.config.algo.rate(self.update)
+        return {
+            "update": self.update,
+            "learning rates": [base * rate for base in self.rates],
+            "hash of the adapters": checkpoint.digest(trained),
+        }
+
+    def _take_up(self, folder: Path, stored: checkpoint.Checkpoint) -> None:
+        tensors, state = stored.tensors, stored.state
         for number, parameter in enumerate(self.parameters):
             found, own = tensors.get(f"policy.{number}", torch.empty(0)).shape, parameter.shape
             if found != own or f"policy.{len(self.parameters)}" in tensors:
@@ -294,6 +313,12 @@ class Run:
         self.config.algo.load_state_dict(state["algorithm"])
         self.average.count, self.skipped = state["averaged"], state["skipped"]
         self.update, self.log_size, self.spent = state["update"], state["log_size"], state["spent"]
+        for name, found in self._claims().items():
+            if found != (then := stored.claims[name]):
+                raise DiffRLError(
+                    f"{folder}: {name} after loading: {found}, and when it was saved: {then}. Was "
+                    f"{CONFIG_FILE} changed by hand?"
+                )
 
     def _evaluate(self, log: RunLog, num_pictures: int) -> None:
         if processes.is_first():

@@ -18,14 +18,14 @@ STATE = {"update": 1, "spent": {"seconds": 0.1}}
 
 
 def written(parent, step=1, **changes):
-    return checkpoint.write(parent, step, TENSORS, STATE | changes, keep=2)
+    return checkpoint.write(parent, step, TENSORS, STATE | changes, claims={"rate": 0.1}, keep=2)
 
 
 def readable(parent):
     """Return the update of the newest checkpoint that is whole, as a resumed run finds it."""
     for folder in checkpoint.newest_first(parent):
         try:
-            return checkpoint.read(folder)[1]["update"]
+            return checkpoint.read(folder).state["update"]
         except checkpoint.DamagedError:
             continue
     return None
@@ -87,10 +87,34 @@ def test_what_is_written_is_read_and_the_oldest_goes(tmp_path):
     for step in (1, 2, 3):
         written(tmp_path, step, update=step)
     assert [folder.name for folder in checkpoint.newest_first(tmp_path)] == ["step-000003", "step-000002"]
-    tensors, state = checkpoint.read(tmp_path / "step-000003")
-    assert state == {"update": 3, "spent": {"seconds": 0.1}}
-    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    found = checkpoint.read(tmp_path / "step-000003")
+    assert found.state == {"update": 3, "spent": {"seconds": 0.1}}
+    assert found.claims == {"rate": 0.1}
+    assert found.tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(found.tensors[name], TENSORS[name]) for name in TENSORS)
     assert checkpoint.step_of(tmp_path / "step-000003") == 3
+
+
+def test_the_one_to_spare_stays_however_old(tmp_path):
+    for step, best in ((1, 0), (2, 2), (3, 2), (4, 2), (5, 2), (6, 6)):
+        checkpoint.write(tmp_path, step, TENSORS, STATE, keep=1, spare=best)
+        kept = {1: [1], 2: [2], 3: [3, 2], 4: [4, 2], 5: [5, 2], 6: [6]}[step]
+        assert [checkpoint.step_of(folder) for folder in checkpoint.newest_first(tmp_path)] == kept
+
+
+def test_a_renamed_checkpoint_is_noticed(tmp_path):
+    folder = written(tmp_path, 3)
+    folder = folder.rename(folder.with_name("step-000004"))
+    with pytest.raises(checkpoint.DamagedError, match=r"manifest\.json: of step 3, its folder was renamed"):
+        checkpoint.read(folder)
+
+
+def test_a_digest_is_of_values_and_shapes():
+    zeros, ones = torch.zeros(2, 3), torch.ones(1)
+    assert checkpoint.digest([zeros, ones]) == checkpoint.digest([torch.zeros(3, 2).T, ones.clone()])
+    assert checkpoint.digest([-zeros, ones]) != checkpoint.digest([zeros, ones])  # -0.0 has other bits
+    assert checkpoint.digest([zeros.T, ones]) != checkpoint.digest([zeros, ones])
+    assert checkpoint.digest([ones, zeros]) != checkpoint.digest([zeros, ones])
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim import Optimizer
 
 from diffrl import checkpoint, memory
 from diffrl.algorithms.base import Algorithm
@@ -267,6 +268,31 @@ class TestMistakes:
         for folder in checkpoint.newest_first(run / "checkpoints"):
             (folder / checkpoint.MANIFEST).unlink()
         assert "no whole checkpoint in it" in self.line(capsys, "train", "--resume", run)
+
+    def test_what_is_loaded_is_held_against_the_manifest(self, run, capsys, monkeypatch):
+        """A weight that something else overwrites on the way, and another learning rate."""
+        load = Optimizer.load_state_dict
+
+        def meddles(optimizer, state):
+            load(optimizer, state)
+            optimizer.param_groups[0]["params"][0].data[0, 0] += 1e-3
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Optimizer, "load_state_dict", meddles)
+            line = self.line(capsys, "train", "--resume", run)
+        assert "step-000001: hash of the adapters after loading: " in line
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("updates: 1", "updates: 2"))
+        line = self.line(capsys, "train", "--resume", run)
+        assert "learning rates after loading: [0.0005, 0.025], and when it was saved: [0.0, 0.0]" in line
+
+    def test_a_checkpoint_of_another_version_says_so(self, run, capsys):
+        (folder,) = [f for f in checkpoint.newest_first(run / "checkpoints") if f.name == "step-000001"]
+        stored = checkpoint.read(folder)
+        del stored.state["spent"]
+        checkpoint.write(folder.parent, 2, stored.tensors, stored.state, claims=stored.claims, keep=1)
+        line = self.line(capsys, "train", "--resume", run)
+        assert "step-000002: it lacks 'spent'; diffrl 0.1.0 wrote it, this is 0.1.0" in line
 
     def test_never_is_the_default(self, run, words, tmp_path, capsys):
         line = self.line(capsys, *words("reward_backprop", tmp_path, "algo.updates=1"))
