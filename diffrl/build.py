@@ -230,9 +230,14 @@ def check(config: Config) -> None:
             "reward=compressibility."
         )
     check_choice("resume", config.resume, ("never", "auto"))
-    for option in ("checkpoint_every", "keep_last"):
-        if getattr(config, option) < 1:
-            raise DiffRLError(f"{option}={getattr(config, option)}: must be 1 or more.")
+    for option in ("checkpoint_every", "keep_last", "patience"):
+        if (value := getattr(config, option)) is not None and value < 1:
+            raise DiffRLError(f"{option}={value}: must be 1 or more.")
+    if config.patience is not None and config.keep_best is None:
+        raise DiffRLError(
+            f"patience={config.patience} keep_best=null: better by what? Give keep_best=eval/accuracy, or "
+            "another name in metrics.jsonl."
+        )
     if config.clip is not None:
         load_clip(config.clip)  # kept for the evaluations, or refused before anything is trained
     if config.eval_scales and getattr(config.env, "num_dims", None) is not None:

@@ -25,6 +25,7 @@ from diffrl.config import Config
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import picture_grid
 from diffrl.evaluate_mixture import MixtureEvaluation
+from diffrl.guards import Guards
 from diffrl.log import RunLog, console, progress
 from diffrl.policy import Policy
 from diffrl.restore import (
@@ -111,7 +112,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> Path:
 def _resume(folder: Path, config: Config, begin: float) -> Path:
     run = Run(*untrained(folder, config), folder)
     run.load(folder / _CHECKPOINTS)
-    if run.log_size and run.update == config.algo.updates:  # without updates: begun is not done
+    if run.done:
         console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
         return folder
     if processes.is_first():
@@ -127,14 +128,14 @@ def _finish(run: "Run", begin: float) -> Path:
         try:
             run.loop(log, stop)
         finally:  # a reward that breaks down must not cost what was learnt before it
-            if processes.is_first():
+            if processes.is_first() and run.guards.best is None:
                 weights.save(run.policy, run.folder)
     minutes = (time.perf_counter() - begin) / 60
-    if run.update < run.config.algo.updates:
-        done = f"stopped after update {run.update}. Go on with: diffrl train --resume {run.folder}"
-    else:
+    if run.done:
         done = f"done in {minutes:.1f} minutes. Next: diffrl eval {run.folder}"
-    console.print(f"[bold]{run.folder}[/]: {done}")
+    else:
+        done = f"stopped after update {run.update}. Go on with: diffrl train --resume {run.folder}"
+    console.print(f"[bold]{run.folder}[/]: {run.guards.said()}{done}")
     stop.reraise()
     return run.folder
 
@@ -167,7 +168,9 @@ class Run:
         self.parameters = policy.lora_parameters() + policy.embedding_parameters()
         self.average = WeightAverage(self.parameters)
         self.mixture = MixtureEvaluation(setup, policy, reward) if isinstance(reward, ClosedForm) else None
-        self.update = 0  # so many are done
+        self.guards = Guards(self.config.keep_best, self.config.patience, algo.restraint)
+        self.update = 0  # so many are taken
+        self.done = False  # and measured
         self.skipped = 0  # of the last ones, in a row
         self.log_size = 0  # bytes of `metrics.jsonl` at the last checkpoint
         # on training so far: pictures drawn, forward passes (backward ones aside) and seconds
@@ -177,7 +180,7 @@ class Run:
         """Train, evaluating every `eval_every` updates and at the end, until that or a signal to stop."""
         algo, every = self.config.algo, self.config.checkpoint_every
         if algo.updates and not self.update:
-            self._evaluate(log, self.config.eval_pictures)
+            self._evaluate(log)
         with progress(settings.chosen(self.config, "algo"), algo.updates) as bar:
             bar.advance(self.update)
             while self.update < algo.updates:
@@ -187,16 +190,18 @@ class Run:
                 if self.update == algo.updates:
                     break
                 if self.update % self.config.eval_every == 0:
-                    self._evaluate(log, self.config.eval_pictures)
+                    self._evaluate(log)
+                if self.guards.exhausted:
+                    break
                 stopped = any(processes.gathered([stop.asked]))
-                if stopped or self.update % every == 0:
+                if stopped or self.update % every == 0 or self.guards.best_update == self.update:
                     self.log_size = log.size()
                     self.save(self.folder / _CHECKPOINTS)
                 if stopped:
                     return
         self.average.apply()
-        self._evaluate(log, 4 * self.config.eval_pictures)
-        self.log_size = log.size()
+        self._evaluate(log, last=True)
+        self.log_size, self.done = log.size(), True
         self.save(self.folder / _CHECKPOINTS)
 
     def _train_once(self) -> dict[str, float]:
@@ -252,15 +257,18 @@ class Run:
             tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
         state = {
             "update": self.update,
+            "done": self.done,
             "averaged": self.average.count,
             "skipped": self.skipped,
             "log_size": self.log_size,
             "spent": self.spent,
             "algorithm": self.config.algo.state_dict(),
+            "guards": self.guards.state_dict(),
             "versions": {"diffrl": __version__, "torch": torch.__version__},
         }
+        best = self.guards.best_update if self.config.keep_best else None
         keep = self.config.keep_last
-        checkpoint.write(parent, self.update, tensors, state, claims=self._claims(), keep=keep)
+        checkpoint.write(parent, self.update, tensors, state, claims=self._claims(), keep=keep, spare=best)
 
     def load(self, parent: Path) -> None:
         """Take up the last checkpoint that is whole; say which ones are not."""
@@ -313,6 +321,8 @@ class Run:
         self.config.algo.load_state_dict(state["algorithm"])
         self.average.count, self.skipped = state["averaged"], state["skipped"]
         self.update, self.log_size, self.spent = state["update"], state["log_size"], state["spent"]
+        self.done = state["done"]
+        self.guards.load_state_dict(state["guards"])
         for name, found in self._claims().items():
             if found != (then := stored.claims[name]):
                 raise DiffRLError(
@@ -320,26 +330,32 @@ class Run:
                     f"{CONFIG_FILE} changed by hand?"
                 )
 
-    def _evaluate(self, log: RunLog, num_pictures: int) -> None:
+    def _evaluate(self, log: RunLog, *, last: bool = False) -> None:
         if processes.is_first():
-            weights.save(self.policy, self.folder)  # a killed run keeps what is measured here
             with memory.told(_AT_A_TIME[1], self.config.eval_batch, self.folder):
-                self._measure(log, num_pictures)
-        processes.wait()
+                measures = self._measure(log, last=last)
+            warning, new = self.guards.judge(self.update, measures)
+            if warning and new:
+                console.print(f"[bold yellow]update {self.update}[/]: {warning}")
+            told = {"guard/warning": warning} if warning else {}
+            log.write(self.update, measures | told | self.spent)
+            if self.guards.keeps(self.update):
+                weights.save(self.policy, self.folder)  # a killed run keeps what was measured here
+        self.guards.load_state_dict(processes.gathered([self.guards.state_dict()])[0])  # the first one's
 
-    def _measure(self, log: RunLog, num_pictures: int) -> None:
+    def _measure(self, log: RunLog, *, last: bool) -> dict[str, Any]:
+        """Return what the policy is like now; the last time of more pictures. Draw and print it as well."""
         update, config = self.update, self.config
         if self.mixture is not None:
-            log.write(update, self.mixture.report(update, log) | self.spent)
-            return
+            return self.mixture.report(update, log)
+        num_pictures = config.eval_pictures * (4 if last else 1)
         seed = EVALUATION_SEED + config.seed  # over seeds, an untrained row varies too
         measures = measure(self.setup, self.policy, self.reward, num_pictures, seed)
-        for scale in config.eval_scales if update == config.algo.updates else ():
+        for scale in config.eval_scales if last else ():
             self.policy.control_scale = scale
             scaled = measure(self.setup, self.policy, self.reward, num_pictures, seed)
             self.policy.control_scale = 1.0
             measures |= {f"scale_{scale:g}/{name}": value for name, value in scaled.items()}
-        log.write(update, {f"eval/{name}": value for name, value in measures.items()} | self.spent)
         actor = self.setup.make_guided(self.policy, self.reward, _GRID_COLUMNS)
         picture = picture_grid(actor, self.setup.eval_prompts[:_GRID_COLUMNS])
         path = log.picture(update, "grid", picture)
@@ -347,6 +363,7 @@ class Run:
         said += [f"accuracy {measures['accuracy']:.2f}"] if "accuracy" in measures else []
         said += [] if measures["kl_nats"] is None else [f"KL {measures['kl_nats']:.1f} nats"]
         console.print(f"update {update}: {', '.join(said)}, {path}")
+        return {f"eval/{name}": value for name, value in measures.items()}
 
 
 def _note(metrics: dict[str, float]) -> str:

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffrl.backbones import gaussian_mixture
 from diffrl.backbones.stable_diffusion import StableDiffusion
 from diffrl.benchmarks.pretrain_emoji import make_tokenizer
 from diffrl.envs.emoji import ASSET
@@ -106,3 +107,10 @@ def cache_of_the_session(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DIFFRL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Fit the solvable model's denoiser for a moment only."""
+    fit = gaussian_mixture.fit
+    monkeypatch.setattr(gaussian_mixture, "fit", lambda *args: fit(*args, num_steps=60))

@@ -25,13 +25,6 @@ from diffrl.types import NO_LABEL, Context
 PLANE = Mixture([0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]], [0.4, 0.2])
 
 
-@pytest.fixture
-def hasty(monkeypatch):
-    """Fit the denoiser for a moment only."""
-    fit = backbone.fit
-    monkeypatch.setattr(backbone, "fit", lambda *args: fit(*args, num_steps=60))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Return the folder of a short run; the cache beside it holds its denoiser."""
