@@ -102,9 +102,7 @@ class Config:
     resume: str = "never"  # or auto: go on with the run of this name, if it is there
     checkpoint_every: int = 50  # updates between two checkpoints, from which a run can be resumed
     keep_last: int = 2  # checkpoints of a run that are kept
-    keep_best: str | None = (
-        None  # metric of evaluations, such as eval/accuracy: the best's weights are kept
-    )
+    keep_best: str | None = None  # metric, such as eval/accuracy, whose best evaluation's weights are kept
     patience: int | None = None  # evaluations in a row without a better one that end the run; null: none do
     name: str = ""  # of the run's folder; empty: from algo, env, reward and seed
     root: str = "runs"  # where runs are kept

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffrl.algorithms.guidance.base import Guidance
 from diffrl.log import grid
 from diffrl.policy import Pretrained
-from diffrl.quality import brisque, clip_score, diversity
+from diffrl.quality import brisque, clip_score, diversity, image_statistics
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES, Measure
 from diffrl.rewards.prompt_fidelity import PromptFidelity
@@ -80,7 +80,7 @@ def evaluate(
         "brisque": brisque(images),
         "clip_score": clip_score(images, prompts, clip),
     }
-    return measures | _cost(actor, seed)
+    return measures | image_statistics(images) | _cost(actor, seed)
 
 
 def _control(reward: LogLikelihood, target: Tensor, true: Tensor) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Measures of pictures beside the reward: how much they differ, how natural they look, what they show.
+"""Measures of pictures beside the reward: how much they differ, what they are like, what they show.
 
 Shapes: n pictures `[n, 3, S, S]` in [0, 1]. BRISQUE and CLIPScore need packages or weights that not
 everyone has: where they are missing, the measure is a sentence that says what to install.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from diffrl.rewards.clip import load_clip
 
 _BATCH = 64  # pictures at a time
+_LUMA = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601, as JPEG has it
+_EDGE = 0.1  # of the range from black to white: chosen, above noise and shading, below outlines
+_LEVELS = 8  # of a channel, 512 colours: chosen, a picture of 64 pixels a side has 8 pixels for each
 
 
 def diversity(images: Tensor, groups: Sequence[Hashable]) -> float | None:
@@ -26,6 +30,33 @@ def diversity(images: Tensor, groups: Sequence[Hashable]) -> float | None:
     flat = images.flatten(1).float()
     distances = [torch.pdist(flat[same]) for same in members.values() if len(same) > 1]
     return float(torch.cat(distances).mean()) / flat.shape[1] ** 0.5 if distances else None
+
+
+def image_statistics(images: Tensor) -> dict[str, float]:
+    """Return what pictures are like whatever they show, means over all of them.
+
+    `brightness`, 0 to 1: mean luma, .299 R + .587 G + .114 B (BT.601). `saturation`, 0 to 1: mean of HSV's,
+    (max - min) / max over a pixel's channels, 0 for black. `edge_density`, 0 to 1: the share of pairs of
+    pixels, side by side or one above the other, whose luma differs by more than .1. `colour_entropy`, 0 to
+    9 bits: Shannon's, of a picture's histogram over 8 x 8 x 8 colours.
+    """
+    parts = [_statistics(part.float()) for part in images.split(_BATCH)]
+    return {name: float(torch.cat([part[name] for part in parts]).mean()) for name in parts[0]}
+
+
+def _statistics(images: Tensor) -> dict[str, Tensor]:
+    luma = torch.einsum("nchw,c->nhw", images, images.new_tensor(_LUMA))
+    pairs = [luma.diff(dim=dim).flatten(1) for dim in (1, 2)]
+    high, low = images.amax(1), images.amin(1)
+    level = (images * _LEVELS).long().clamp(0, _LEVELS - 1)
+    colour = (level[:, 0] * _LEVELS + level[:, 1]) * _LEVELS + level[:, 2]
+    counts = torch.stack([torch.bincount(own.flatten(), minlength=_LEVELS**3) for own in colour])
+    return {
+        "edge_density": (torch.cat(pairs, 1).abs() > _EDGE).float().mean(1),
+        "saturation": ((high - low) / high.clamp(min=1e-6)).mean((1, 2)),
+        "brightness": luma.mean((1, 2)),
+        "colour_entropy": torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1) / math.log(2),
+    }
 
 
 def brisque(images: Tensor) -> float | str:

@@ -28,6 +28,8 @@ def show(measures: dict[str, Any], reward: Reward) -> None:
         if isinstance(measures[name], float):
             said += [f"{name} {measures[name]:.3g}"]
     console.print(", ".join(said))
+    statistics = ("edge_density", "saturation", "brightness", "colour_entropy")
+    console.print(", ".join(f"{name.replace('_', ' ')} {measures[name]:.3g}" for name in statistics))
     asked = measures["reward_calls_per_image"]
     calls = f"{measures['nfe_per_image']:.0f} network calls" + (
         f", {asked:.0f} reward calls" if asked else ""

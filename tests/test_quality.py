@@ -10,7 +10,7 @@ from test_cli import fails
 from tiny_clip import SIDE, write_clip
 from transformers import CLIPModel, CLIPProcessor
 
-from diffrl.quality import brisque, clip_score, diversity
+from diffrl.quality import brisque, clip_score, diversity, image_statistics
 from diffrl.rewards.clip import CLIP
 
 
@@ -29,6 +29,63 @@ class TestDiversity:
 
     def test_one_picture_a_group_says_nothing(self):
         assert diversity(flat(0.1, 0.3), ["a", "b"]) is None
+
+
+def picture(rows):
+    """Return `[1, 3, H, W]` of rows of (red, green, blue)."""
+    return torch.tensor(rows, dtype=torch.float32).permute(2, 0, 1)[None]
+
+
+class TestImageStatistics:
+    BLACK, WHITE, RED, GREEN, BLUE = (0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)
+
+    def of(self, rows):
+        return image_statistics(picture(rows))
+
+    @pytest.mark.parametrize("grey", [0.0, 0.3, 1.0])
+    def test_a_flat_grey_has_its_brightness_and_nothing_else(self, grey):
+        found = self.of([[(grey,) * 3] * 5] * 4)
+        assert_close(found["brightness"], grey, atol=1e-6)
+        assert [found[name] for name in ("edge_density", "saturation", "colour_entropy")] == [0, 0, 0]
+
+    def test_a_checkerboard_is_all_edges_and_one_bit(self):
+        rows = [[(self.BLACK, self.WHITE)[(i + j) % 2] for j in range(6)] for i in range(6)]
+        found = self.of(rows)
+        assert_close(found["edge_density"], 1.0, atol=1e-9)
+        assert_close(found["brightness"], 0.5, atol=1e-6)
+        assert_close(found["colour_entropy"], 1.0, atol=1e-6)
+
+    def test_vertical_stripes_have_edges_across_alone(self):
+        """Of 4 x 3 pairs side by side all, of 3 x 4 pairs one above the other none."""
+        found = self.of([[self.BLACK, self.WHITE, self.BLACK, self.WHITE]] * 4)
+        assert_close(found["edge_density"], 12 / 24, atol=1e-6)
+
+    @pytest.mark.parametrize(("step", "density"), [(0.09, 0.0), (0.11, 0.5)])
+    def test_an_edge_is_a_tenth_of_the_range(self, step, density):
+        found = self.of([[(i % 2 * step + 0.3,) * 3 for i in range(4)]] * 4)
+        assert_close(found["edge_density"], density, atol=1e-6)
+
+    def test_pure_hues_are_saturated_and_as_bright_as_the_eye_has_them(self):
+        """Three quarters of the pixels of the last are tinted: (1 - .5) / 1."""
+        for hue, luma in ((self.RED, 0.299), (self.GREEN, 0.587), (self.BLUE, 0.114)):
+            found = self.of([[hue] * 2] * 2)
+            assert_close(found["saturation"], 1.0, atol=1e-6)
+            assert_close(found["brightness"], luma, atol=1e-6)
+        pink = (1, 0.5, 0.5)
+        assert_close(self.of([[pink, pink], [pink, self.WHITE]])["saturation"], 0.75 * 0.5, atol=1e-6)
+
+    def test_entropy_is_shannon_s_in_bits(self):
+        """Shares 1/2, 1/4, 1/8, 1/8: 1.75 bits. All 512 colours alike: 9. Within a level, one colour."""
+        row = [self.RED] * 4 + [self.GREEN] * 2 + [self.BLUE, self.WHITE]
+        assert_close(self.of([row])["colour_entropy"], 1.75, atol=1e-6)
+        middles = [(k + 0.5) / 8 for k in range(8)]
+        every = [[(r, g, b) for b in middles for g in middles] for r in middles]
+        assert_close(self.of(every)["colour_entropy"], 9.0, atol=1e-5)
+        assert self.of([[(0.26, 0.5, 0.0), (0.37, 0.6, 0.12)]])["colour_entropy"] == 0
+
+    def test_several_pictures_are_their_mean(self):
+        many = torch.cat([torch.zeros(70, 3, 4, 4), torch.ones(30, 3, 4, 4)])  # more than one batch
+        assert_close(image_statistics(many)["brightness"], 0.3, atol=1e-6)
 
 
 class TestBrisque:
