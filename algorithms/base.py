@@ -29,7 +29,7 @@ class Algorithm(ABC):
     micro_batch_size: int = 16  # pictures at a time; gradients of a batch's micro-batches add up
     learning_rate: float = 3e-4  # of the LoRA weights
     embedding_learning_rate: float = 5e-2  # of the label embedding
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # AdamW's
     max_grad_norm: float = 5.0  # of LoRA and embedding jointly
     decay: str = "linear"  # of both learning rates, to 0 after `updates`: linear or constant
     average: float = 0.0  # the last share of the updates whose weights' mean is the result; 0: the last's

@@ -30,7 +30,7 @@ class CTRL(Pathwise):
     kl_steps=null` that of J itself.
     """
 
-    gamma: float = 750.0  # chosen on emoji; the paper's 10, with its mean KL, is as strong as 10 d
+    gamma: float = 750.0  # of log p(y|x), chosen on emoji; the paper's 10, with its mean KL, is 10 d
 
     needs_noise: ClassVar[bool] = True
 

@@ -34,10 +34,10 @@ class DDPO(Algorithm):
 
     estimator: str = "is"  # is: importance sampling with clipping; sf: score function
     minibatches: int = 2  # optimiser steps an inner epoch
-    inner_epochs: int = 1
+    inner_epochs: int = 1  # times that a batch is learnt from
     clip_range: float = 1e-4  # of the ratio, for log-probabilities averaged over latent dims
     log_prob_reduction: str = "mean"  # over latent dims: mean (DDPO's code) or sum (the density itself)
-    advantage_clip: float = 5.0  # DDPO's PyTorch code; 10 in JAX
+    advantage_clip: float = 5.0  # of standardised rewards: 5 in DDPO's PyTorch code, 10 in JAX
     timestep_fraction: float = 1.0  # of a picture's steps that are trained on, drawn for each picture
     per_prompt: bool = True  # statistics of each (prompt, label) rather than of the batch
     buffer_size: int = 16  # rewards remembered for each

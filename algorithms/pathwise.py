@@ -33,8 +33,8 @@ class Pathwise(Algorithm):
 
     learning_rate: float = 1e-3  # of the LoRA weights
     kl_reduction: str = "sum"  # over latent dims: sum (nats) or mean (CTRL's code)
-    max_grad_norm: float = 10.0  # chosen on emoji, where few updates pass it
-    kl_steps: int | None = 1  # that stand for the steps never kept in the KL's estimate; null: see above
+    max_grad_norm: float = 10.0  # of LoRA and embedding; chosen on emoji, where few updates pass it
+    kl_steps: int | None = 1  # that stand for those never kept in the KL's estimate; null: all are measured
     truncation: Truncation = field(default_factory=Truncation)
 
     needs_gradient: ClassVar[bool] = True

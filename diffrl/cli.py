@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     for name in _COMMANDS:
         command = importlib.import_module(f"diffrl.commands.{name.replace('-', '_')}")
         line = str(command.__doc__).rstrip(".")
-        subparser = commands.add_parser(name, help=line[0].lower() + line[1:], description=f"{line}.")
+        subparser = commands.add_parser(
+            name, help=line[0].lower() + line[1:], description=f"{line}.", conflict_handler="resolve"
+        )
         subparser.set_defaults(run=command.run)
         command.arguments(subparser)
     return parser

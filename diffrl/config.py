@@ -98,7 +98,7 @@ class Config:
     dataset: str | None = None  # AVA, metadata.csv or .jsonl, or pictures; null: drawn from the model
     dataset_workers: int = 0  # processes that read its pictures; 0: this one
     clip: str | None = None  # a CLIP model, a folder or a hub id, for CLIPScore
-    seed: int = 0
+    seed: int = 0  # of all that is drawn
     resume: str = "never"  # or auto: go on with the run of this name, if it is there
     checkpoint_every: int = 50  # updates between two checkpoints, from which a run can be resumed
     keep_last: int = 2  # checkpoints of a run that are kept
@@ -146,13 +146,22 @@ def load(overrides: list[str]) -> Config:
     """Return the settings that `key=value` words ask for.
 
     Raises:
+        DiffRLError: as `composed`, or a value that its component refuses.
+    """
+    return to_objects(composed(overrides))
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """Return the same as a tree: names, values and types, which no component has checked.
+
+    Raises:
         DiffRLError: a word that does not parse, an unknown group, name or key, a value of the wrong type.
     """
     overrides = [_registered(word) for word in overrides]
     _check_groups(overrides)
     overrides = [*_own_reward(overrides), *overrides]
     try:
-        return to_objects(_compose(overrides))
+        return _compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, overrides) from error
 
@@ -266,8 +275,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def chosen(config: Config, group: str) -> str:
     """Return the name under which the config's algo, env, reward or guidance is known."""
-    part = getattr(config, group)
-    kind = type(part)
+    return name_of(group, type(getattr(config, group)))
+
+
+def name_of(group: str, kind: type) -> str:
+    """Return the name under which a group knows a component."""
     return next((name for name, known in GROUPS[group].items() if known is kind), "custom")
 
 

@@ -24,7 +24,8 @@ from diffrl.types import NO_LABEL, ActorStep, Observation, draw
 class LoRA:
     """The low-rank adapters: their size and the layers they sit on."""
 
-    rank: int = 8  # chosen on emoji; CTRL: 4
+    rank: int = 8  # r of their B A; chosen on emoji; CTRL: 4
+    # names of layers of the denoiser, as peft takes them
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ class SD15:
     random_weights: bool = False  # no download, the architecture alone: its speed, not its pictures
     num_steps: int = 50  # T; CTRL, Table 2
     eta: float = 1.0  # DDIM's: 0 deterministic, 1 as much noise as DDPM
-    guidance_scale: float = 7.5  # CTRL, Table 2; 1 switches guidance off
+    guidance_scale: float = 7.5  # of the prompt: CTRL, Table 2; 1 switches it off
     checkpointing: bool = True  # recompute activations in the backward pass: slower by 1/3, far less memory
 
     def __post_init__(self) -> None:

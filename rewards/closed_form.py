@@ -49,7 +49,7 @@ class Softmax(ClosedForm):
 
     # by label; in 2-D each slope is a pair. The default is p(y=1|x) = sigmoid(4 x - 1)
     slopes: list[Any] = field(default_factory=lambda: [0.0, 4.0])
-    intercepts: list[float] = field(default_factory=lambda: [0.0, -1.0])
+    intercepts: list[float] = field(default_factory=lambda: [0.0, -1.0])  # by label
 
     def __post_init__(self) -> None:
         self._slopes = as_rows("reward.slopes", self.slopes)
