@@ -19,7 +19,6 @@ from diffrl import config as settings
 from diffrl.algorithms.base import check_choice
 from diffrl.algorithms.guidance.base import Guidance
 from diffrl.algorithms.untrained import Untrained
-from diffrl.backbones.loading import fingerprint
 from diffrl.cache import cache_folder
 from diffrl.config import Config
 from diffrl.datasets import Entry, PictureFiles
@@ -178,8 +177,7 @@ class Setup:
         del fitted["ceiling"]  # of the reward, not of its classifier
         facts = [__version__, LAYOUT, settings.chosen(config, "reward"), fitted, config.seed]
         if self.dataset is None:
-            env = asdict(config.env) | {"model": fingerprint(config.env.model)}
-            facts += [env, self.prompts, config.eval_batch, str(self.device.type)]
+            facts += [settings.facts(config)["env"], self.prompts, config.eval_batch, str(self.device.type)]
         else:
             facts.append(self.dataset.fingerprint())
         digest.update(json.dumps(facts, sort_keys=True).encode())

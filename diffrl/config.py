@@ -21,64 +21,11 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffrl.algorithms.classifier_free import ClassifierFree
-from diffrl.algorithms.ctrl import CTRL
-from diffrl.algorithms.ddpo import DDPO
 from diffrl.algorithms.guidance.base import Unguided
-from diffrl.algorithms.guidance.classifier_free import ClassifierFreeGuidance
-from diffrl.algorithms.guidance.mpgd import MPGD
-from diffrl.algorithms.guidance.reconstruction import Reconstruction
-from diffrl.algorithms.guidance.smc import SMC
-from diffrl.algorithms.guidance.svdd import SVDD
-from diffrl.algorithms.reward_backprop import RewardBackprop
-from diffrl.algorithms.rwr import RWR
-from diffrl.algorithms.untrained import Untrained
 from diffrl.backbones.loading import fingerprint
-from diffrl.envs.emoji import Emoji
-from diffrl.envs.gaussian_mixture import GaussianMixture
-from diffrl.envs.sd15 import SD15
+from diffrl.components import CUSTOM, GROUPS, content, installed, register, word_of
 from diffrl.errors import DiffRLError, unknown, unknown_setting
 from diffrl.policy import LoRA
-from diffrl.rewards.aesthetic import Aesthetic
-from diffrl.rewards.clip_score import ClipScore
-from diffrl.rewards.closed_form import Gaussian, Softmax
-from diffrl.rewards.compressibility import Compressibility
-from diffrl.rewards.custom import from_file, is_source
-from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
-from diffrl.rewards.multitask import Multitask
-from diffrl.rewards.vlm import VLM
-
-GROUPS: dict[str, dict[str, type]] = {
-    "algo": {
-        "ctrl": CTRL,
-        "ddpo": DDPO,
-        "rwr": RWR,
-        "reward_backprop": RewardBackprop,
-        "classifier_free": ClassifierFree,
-        "none": Untrained,
-    },
-    "env": {"emoji": Emoji, "gaussian_mixture": GaussianMixture, "sd15": SD15},
-    "reward": {
-        "aesthetic": Aesthetic,
-        "clip_score": ClipScore,
-        "compressibility": Compressibility,
-        "gaussian": Gaussian,
-        "jpeg": Jpeg,
-        "jpeg_incompressible": JpegIncompressible,
-        "multitask": Multitask,
-        "softmax": Softmax,
-        "vlm": VLM,
-    },
-    "guidance": {
-        "none": Unguided,
-        "reconstruction": Reconstruction,
-        "mpgd": MPGD,
-        "smc": SMC,
-        "svdd": SVDD,
-        "classifier_free": ClassifierFreeGuidance,
-    },
-}
-"""What can be chosen on the command line, by group and name."""
 
 CONF = Path(__file__).parent / "conf"
 """Where the presets and suites lie."""
@@ -222,9 +169,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise DiffRLError(f"{path.parent}: not a run directory, it has no {path.name}.")
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if source := stored["reward"].get("source"):
-            _registered(f"reward={source}")
-        words = [f"{group}={stored.pop('_' + group)}" for group in GROUPS]
+        asked = {group: word_of(stored.pop("_" + group), stored[group]) for group in GROUPS}
+        words = [f"{group}={register(group, word)}" for group, word in asked.items()]
         composed = _compose(words)
         if (last := fields(Config)[-1].name) not in stored:
             raise ValueError(f"it is cut short: its last setting, {last!r}, is missing")
@@ -247,13 +193,25 @@ def _stored(config: Config) -> dict[str, Any]:
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """Return all that decides a run's numbers: the settings, of a model the hash of its content."""
+    """Return all that decides a run's numbers: the settings, of a model or a file of yours its content."""
     found = _stored(config)
     for name in ("name", "root", "resume", "checkpoint_every", "keep_last"):
         del found[name]
     if "model" in found["env"]:
         found["env"]["model"] = fingerprint(found["env"]["model"])
-    return found
+    return _with_content(found)
+
+
+def _with_content(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the content of each file of the user's own in the place of its path."""
+    return {
+        name: _with_content(value)
+        if isinstance(value, dict)
+        else content(value)
+        if name == "defined_in"
+        else value
+        for name, value in tree.items()
+    }
 
 
 def same(stored: Mapping[str, Any], config: Config) -> bool:
@@ -280,7 +238,7 @@ def chosen(config: Config, group: str) -> str:
 
 def name_of(group: str, kind: type) -> str:
     """Return the name under which a group knows a component."""
-    return next((name for name, known in GROUPS[group].items() if known is kind), "custom")
+    return next((name for name, known in GROUPS[group].items() if known is kind), CUSTOM)
 
 
 def to_objects(composed: Any) -> Config:
@@ -309,12 +267,9 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 
 def _registered(word: str) -> str:
-    """Return the word; a reward in a file of the user's own is then known, as `custom`."""
-    key, _, name = word.partition("=")
-    if key != "reward" or not is_source(name):
-        return word
-    GROUPS["reward"]["custom"] = from_file(name)
-    return "reward=custom"
+    """Return the word with the name under which Hydra knows what it chooses."""
+    key, equals, name = word.partition("=")
+    return f"{key}={register(key, name)}" if equals and key in GROUPS else word
 
 
 def _check_groups(overrides: list[str]) -> None:
@@ -324,7 +279,7 @@ def _check_groups(overrides: list[str]) -> None:
         if not equals:
             raise DiffRLError(f"{word}: not of the form key=value.")
         if group in known and name not in known[group]:
-            raise unknown(group, name, known[group])
+            raise unknown(group, name, {*known[group], *installed(group)})
 
 
 def _own_reward(overrides: list[str]) -> list[str]:
@@ -351,7 +306,7 @@ def _explain(error: Exception, overrides: list[str]) -> DiffRLError:
     for key in words:
         if key not in known and key not in {*GROUPS, "experiment"}:
             return unknown_setting(key, known)
-    for key, override in words.items():
+    for key, override in sorted(words.items(), reverse=True):  # algo.gamma before algo
         if re.search(rf"full_key: {re.escape(key.rpartition('.')[2])}\b|{re.escape(key)}\b", text):
             reason = text.splitlines()[0]
             return DiffRLError(f"{key}={override.get_value_element_as_str()}: {reason}")

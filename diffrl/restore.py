@@ -29,7 +29,8 @@ def measure(
         return MixtureEvaluation(setup, policy, reward).measure(seed)
     actor = setup.make_guided(policy, reward, num_pictures)
     gamma = setup.target_gamma
-    judge = load_judge(setup.config.env.model)
+    model = getattr(setup.config.env, "model", None)  # an env of somebody's may have none
+    judge = load_judge(model) if model else None
     if judge is not None:
         judge.to(setup.device)
     clip = setup.config.clip

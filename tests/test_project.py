@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from conftest import assert_close
 
-from diffrl.rewards.custom import from_file
+from diffrl.components import component
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,8 +39,8 @@ def test_the_readme_s_rewards_are_rewards(tmp_path):
     path.write_text(examples()[0])
     red = torch.zeros(2, 3, 8, 8)
     red[:, 0] = 1
-    assert from_file(f"{path}:redness")()(red, None).tolist() == [1.0, 1.0]
-    brightness = from_file(f"{path}:Brightness")(strength=3.0)
+    assert component("reward", f"{path}:redness")()(red, None).tolist() == [1.0, 1.0]
+    brightness = component("reward", f"{path}:Brightness")(strength=3.0)
     assert brightness.differentiable
     assert_close(brightness(red, None), [1.0, 1.0], atol=1e-6)
 

@@ -1,6 +1,9 @@
 """Show what can be chosen: algorithms, envs, rewards, presets, suites, prompt lists."""
 
 import argparse
+from collections.abc import Iterator
+
+from diffrl.errors import DiffRLError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +26,11 @@ def run(options: argparse.Namespace) -> None:
     for group, known in config.GROUPS.items():
         for name, kind in known.items():
             table.add_row(f"{group}={name}", escape((kind.__doc__ or "").splitlines()[0]))
+        for name, line in _installed(group):
+            table.add_row(f"{group}={name}", escape(line))
     table.add_row("reward=FILE.py:NAME", "A function (images, context) -> [N] of yours, or a class.")
+    table.add_row("algo=FILE.py:NAME", "An algorithm of yours, a class.")
+    table.add_row("env=FILE.py:NAME", "The settings of an env of yours, a class.")
     for name, line in config.experiments().items():
         table.add_row(f"+experiment={name}", line)
     for name, path in suites().items():
@@ -32,3 +39,14 @@ def run(options: argparse.Namespace) -> None:
         table.add_row(f"prompts={name}", f"{len(words)} words: {', '.join(words[:5])}, ...")
     table.add_row("prompts=PATH.txt", "one prompt per line")
     console.print(table)
+
+
+def _installed(group: str) -> Iterator[tuple[str, str]]:
+    """Yield name and first line of what installed packages add to a group, or why it cannot be had."""
+    from diffrl.components import component, installed
+
+    for name in installed(group):
+        try:
+            yield name, str(component(group, name).__doc__).splitlines()[0]
+        except DiffRLError as error:
+            yield name, str(error)

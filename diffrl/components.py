@@ -1,0 +1,242 @@
+"""What can be chosen by name: the project's own parts, those of installed packages, those of a file.
+
+    algo=ctrl              one of ours
+    reward=brightness      an entry point `diffrl.rewards` of an installed package
+    env=my_env.py:MyEnv    a name in a file
+
+Each becomes a dataclass whose fields are its settings.
+"""
+
+import hashlib
+import importlib.util
+import sys
+from dataclasses import MISSING, asdict, dataclass, fields, make_dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffrl.algorithms.classifier_free import ClassifierFree
+from diffrl.algorithms.ctrl import CTRL
+from diffrl.algorithms.ddpo import DDPO
+from diffrl.algorithms.guidance.base import Unguided
+from diffrl.algorithms.guidance.classifier_free import ClassifierFreeGuidance
+from diffrl.algorithms.guidance.mpgd import MPGD
+from diffrl.algorithms.guidance.reconstruction import Reconstruction
+from diffrl.algorithms.guidance.smc import SMC
+from diffrl.algorithms.guidance.svdd import SVDD
+from diffrl.algorithms.reward_backprop import RewardBackprop
+from diffrl.algorithms.rwr import RWR
+from diffrl.algorithms.untrained import Untrained
+from diffrl.envs.emoji import Emoji
+from diffrl.envs.gaussian_mixture import GaussianMixture
+from diffrl.envs.sd15 import SD15
+from diffrl.errors import DiffRLError, unknown
+from diffrl.rewards.aesthetic import Aesthetic
+from diffrl.rewards.clip_score import ClipScore
+from diffrl.rewards.closed_form import Gaussian, Softmax
+from diffrl.rewards.compressibility import Compressibility
+from diffrl.rewards.custom import of_function
+from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
+from diffrl.rewards.multitask import Multitask
+from diffrl.rewards.vlm import VLM
+
+GROUPS: dict[str, dict[str, type]] = {
+    "algo": {
+        "ctrl": CTRL,
+        "ddpo": DDPO,
+        "rwr": RWR,
+        "reward_backprop": RewardBackprop,
+        "classifier_free": ClassifierFree,
+        "none": Untrained,
+    },
+    "env": {"emoji": Emoji, "gaussian_mixture": GaussianMixture, "sd15": SD15},
+    "reward": {
+        "aesthetic": Aesthetic,
+        "clip_score": ClipScore,
+        "compressibility": Compressibility,
+        "gaussian": Gaussian,
+        "jpeg": Jpeg,
+        "jpeg_incompressible": JpegIncompressible,
+        "multitask": Multitask,
+        "softmax": Softmax,
+        "vlm": VLM,
+    },
+    "guidance": {
+        "none": Unguided,
+        "reconstruction": Reconstruction,
+        "mpgd": MPGD,
+        "smc": SMC,
+        "svdd": SVDD,
+        "classifier_free": ClassifierFreeGuidance,
+    },
+}
+"""What can be chosen on the command line, by group and name; `register` adds what is not ours."""
+
+CUSTOM = "custom"
+"""The name of what was chosen by `FILE.py:NAME`."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What one of somebody else's must be."""
+
+    entry_points: str  # under which packages name theirs
+    needed: tuple[str, ...]  # of a class: methods and attributes
+    defaults: dict[str, Any]  # of a class: attributes that it may leave out
+    advice: str
+
+
+_KINDS = {
+    "algo": _Kind(
+        "diffrl.algorithms",
+        (
+            "make_optimizer(self, policy)",
+            "collect(self, env, policy, generator)",
+            "update(self, trajectories, policy, optimizer)",
+            "needs_gradient",
+            "needs_noise",
+        ),
+        {},
+        "derive it from diffrl.algorithms.base.Algorithm and give it what is missing.",
+    ),
+    "env": _Kind(
+        "diffrl.envs",
+        ("load(self)", "num_steps"),
+        {"eta": 1.0, "guidance_scale": 1.0, "checkpointing": False},
+        "derive it from an env's settings, such as diffrl.envs.emoji.Emoji, or give it what is missing.",
+    ),
+    "reward": _Kind(
+        "diffrl.rewards",
+        ("__call__(self, images, context)",),
+        {"differentiable": False, "num_classes": ()},
+        "give it one, or make it a function.",
+    ),
+}
+
+
+def register(group: str, word: str) -> str:
+    """Return the name under which `GROUPS` has what `word` asks for; it is loaded if it is not ours.
+
+    Raises:
+        DiffRLError: see `component`. A name that nobody knows is returned as it is.
+    """
+    if group not in _KINDS or word in GROUPS[group] or not (_is_file(word) or word in installed(group)):
+        return word
+    name = CUSTOM if _is_file(word) else word
+    GROUPS[group][name] = component(group, word)
+    return name
+
+
+def word_of(name: str, settings: dict[str, Any]) -> str:
+    """Return the word that chose a component, from its name and settings as a run stored them."""
+    return settings["defined_in"] if name == CUSTOM else name
+
+
+def content(source: str) -> str:
+    """Return what `FILE.py:NAME` says, wherever the file lies: a hash of its content, and the name."""
+    file, _, name = source.rpartition(":")
+    return f"{hashlib.sha256(Path(file).read_bytes()).hexdigest()}:{name}"
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """Return what installed packages add to a group, by name; nothing of them is imported."""
+    kind = _KINDS.get(group)
+    return {point.name: point for point in entry_points(group=kind.entry_points)} if kind else {}
+
+
+def component(group: str, word: str) -> type:
+    """Return what `word` names in a group, as a dataclass of its settings.
+
+    Raises:
+        DiffRLError: no such file or name, a file or package that fails, something of another kind.
+    """
+    if _is_file(word):
+        return _from_file(group, word)
+    if word in GROUPS[group]:
+        return GROUPS[group][word]
+    points = installed(group)
+    if word not in points:
+        raise unknown(group, word, {*GROUPS[group], *points})
+    point = points[word]
+    package = f"package {point.dist.name}" if point.dist else "an installed package"
+    try:
+        own = point.load()
+    except Exception as error:  # somebody else's code
+        raise DiffRLError(
+            f"{group}={word}: {package} fails at {point.value}: {type(error).__name__}: {error}"
+        ) from error
+    return _as_component(group, word, own, f"{point.attr} of {package}.", [])
+
+
+def _is_file(word: str) -> bool:
+    return ".py:" in word
+
+
+def _from_file(group: str, word: str) -> type:
+    file, _, name = word.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise DiffRLError(f"{group}={word}: no such file, {path}.")
+    # a name of its own: two files may be called alike, and one must not hide a module of that name
+    title = f"_diffrl_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(title, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[title] = importlib.util.module_from_spec(spec)  # dataclasses look there for types
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code
+        raise DiffRLError(f"{group}={word}: {path} fails: {type(error).__name__}: {error}") from error
+    known = {key for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+    if name not in known:
+        raise unknown(f"{group}={file}", name, known)
+    source = f"{path}:{name}"
+    line = f"{name} of {path.name}."
+    return _as_component(group, source, getattr(module, name), line, [("defined_in", str, source)])
+
+
+def _as_component(group: str, word: str, own: Any, line: str, more: list[tuple[str, type, Any]]) -> type:
+    """Return somebody's class or function as a dataclass, with `more` fields (name, type, default).
+
+    Args:
+        group: what it must be.
+        word: that chooses it.
+        own: class or function.
+        line: its docstring, if it has none.
+        more: fields.
+    """
+    kind = _KINDS[group]
+    if not isinstance(own, type):
+        if group != "reward" or not callable(own):
+            raise DiffRLError(f"{group}={word}: {own!r} is no class; {kind.advice}")
+        own = of_function(own)
+    name, doc = own.__name__, own.__doc__ or line
+    try:  # of an undecorated class is_dataclass() says what its base is
+        settings = own if "__dataclass_fields__" in vars(own) else dataclass(own)
+    except (TypeError, ValueError) as error:
+        raise DiffRLError(f"{group}={word}: {name} cannot have these settings: {error}") from error
+    for field in fields(settings):
+        if field.default is field.default_factory is MISSING:
+            raise DiffRLError(f"{group}={word}: {name}.{field.name} has no default; give it one.")
+    given = {key for base in own.__mro__[:-1] for key in vars(base)}
+    given -= getattr(own, "__abstractmethods__", frozenset())
+    if missing := [needed for needed in kind.needed if needed.partition("(")[0] not in given]:
+        raise DiffRLError(f"{group}={word}: {name} has no {', no '.join(missing)}; {kind.advice}")
+    namespace: dict[str, Any] = {key: value for key, value in kind.defaults.items() if key not in given}
+    namespace["__doc__"] = doc
+    # by its word: another process, such as a suite's, cannot import it
+    namespace["__reduce__"] = lambda self: (_rebuild, (group, word, asdict(self)))
+    made = make_dataclass(name, more, bases=(settings,), namespace=namespace)
+    try:
+        OmegaConf.structured(made)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise DiffRLError(f"{group}={word}: {name} cannot have these settings: {reason}") from error
+    return made
+
+
+def _rebuild(group: str, word: str, settings: dict[str, Any]) -> Any:
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(component(group, word)), settings))
