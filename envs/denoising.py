@@ -9,7 +9,6 @@ Shapes: N envs, T steps, C,H,W latent, L tokens of width E, A attributes of a la
 Source: DDPO, arXiv:2305.13301, section 4.2; CTRL, arXiv:2406.12120, appendix B, for the label.
 """
 
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from diffrl.datasets import Pictures
 from diffrl.envs.prompts import LabelledPrompt
 from diffrl.errors import DiffRLError
+from diffrl.rewards.scoring import score
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import NO_LABEL, Backbone, Context, Observation, Reward, to_pixels
 
@@ -172,34 +172,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         """Nothing is held open."""
 
     def _score(self, images: Tensor, context: Context) -> Tensor:
-        name = type(self.reward).__name__
-        try:
-            reward = self.reward(images, context)
-        except (DiffRLError, torch.cuda.OutOfMemoryError):
-            raise
-        except Exception as error:  # of whatever the reward is made of
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            raise DiffRLError(
-                f"reward {name} failed at {at.filename}:{at.lineno} on {len(images)} pictures, the first "
-                f"of {context.prompts[0]!r}: {type(error).__name__}: {error}"
-            ) from error
+        reward = score(self.reward, images, context)
         self.num_scored += len(images)
-        if not isinstance(reward, Tensor) or not reward.is_floating_point():
-            kind = str(reward.dtype) if isinstance(reward, Tensor) else type(reward).__name__
-            raise DiffRLError(
-                f"reward {name} returned {kind}; it must be a tensor of floats, one a picture."
-            )
-        if tuple(reward.shape) != (len(images),):
-            raise DiffRLError(
-                f"reward {name} returned shape {list(reward.shape)} for {len(images)} pictures; it must be "
-                f"[{len(images)}]."
-            )
-        if not reward.isfinite().all():
-            i = int((~reward.isfinite()).nonzero()[0, 0])
-            raise DiffRLError(
-                f"reward {name} returned {float(reward[i])} for picture {i} ({context.prompts[i]!r}, label "
-                f"{context.label[i].tolist()}); rewards must be finite."
-            )
         return reward
 
     def _observe(self) -> Observation:
