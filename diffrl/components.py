@@ -10,6 +10,7 @@ Each becomes a dataclass whose fields are its settings.
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, make_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -168,7 +169,7 @@ def component(group: str, word: str) -> type:
         raise DiffRLError(
             f"{group}={word}: {package} fails at {point.value}: {type(error).__name__}: {error}"
         ) from error
-    return _as_component(group, word, own, f"{point.attr} of {package}.", [])
+    return as_component(group, word, own, line=f"{point.attr} of {package}.")
 
 
 def _is_file(word: str) -> bool:
@@ -194,19 +195,24 @@ def _from_file(group: str, word: str) -> type:
     if name not in known:
         raise unknown(f"{group}={file}", name, known)
     source = f"{path}:{name}"
-    line = f"{name} of {path.name}."
-    return _as_component(group, source, getattr(module, name), line, [("defined_in", str, source)])
+    own, more = getattr(module, name), [("defined_in", str, source)]
+    return as_component(group, source, own, line=f"{name} of {path.name}.", more=more)
 
 
-def _as_component(group: str, word: str, own: Any, line: str, more: list[tuple[str, type, Any]]) -> type:
-    """Return somebody's class or function as a dataclass, with `more` fields (name, type, default).
+def as_component(
+    group: str, word: str, own: Any, *, line: str = "", more: Sequence[tuple[str, type, Any]] = ()
+) -> type:
+    """Return somebody's class or function as a dataclass of its settings.
 
     Args:
-        group: what it must be.
+        group: algo, env or reward: what it must be.
         word: that chooses it.
         own: class or function.
         line: its docstring, if it has none.
-        more: fields.
+        more: fields (name, type, default).
+
+    Raises:
+        DiffRLError: it is of another kind, or has settings of a type that cannot be written down.
     """
     kind = _KINDS[group]
     if not isinstance(own, type):

@@ -1,0 +1,177 @@
+"""What a reward must be. Shapes: N = 8 pictures `[N, 3, S, S]` in [0, 1], or points `[N, d, 1, 1]`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrl.build import is_learned
+from diffrl.checks import alike, chosen, global_generators, instance, raise_faults
+from diffrl.errors import DiffRLError
+from diffrl.rewards.scoring import score
+from diffrl.types import NO_LABEL, Context, Reward
+
+_FLAT = {5: "black", 6: "white", 7: "grey"}  # pictures at which logarithms and roots break
+_PROMPTS = ("cat", "dog", "a red bird", "two horses")
+
+
+def check_reward(reward: Any, *, image_size: int = 64, device: str = "cpu") -> None:
+    """Raise DiffRLError with a line for every fault of a reward; some 40 pictures are scored.
+
+    Looked at: what it returns (one finite float32 a picture, on the pictures' device, at black and white
+    ones too), that it is the same every time and whatever other pictures are scored beside it, that it
+    leaves the pictures and the global generators alone, that it reads the labels it has classes for, and if
+    it says `differentiable=True`, that there is a finite gradient that is not 0.
+
+    Args:
+        reward: a reward, or the class or function of one.
+        image_size: S.
+        device: where the pictures are.
+    """
+    reward = instance("reward", reward)
+    name = type(reward).__name__
+    if is_learned(reward):
+        raise DiffRLError(f"{name}: settings of a reward that is fitted first; check what its fit returns.")
+    raise_faults(name, _faults(reward, image_size, torch.device(device)))
+
+
+def _faults(reward: Reward, image_size: int, device: torch.device) -> Iterator[str]:
+    claims = list(_claims(reward))
+    yield from claims
+    if claims:
+        return
+    images = _pictures(getattr(reward, "num_dims", None), image_size).to(device)
+    context = _context(reward, len(images), device)
+    before, kept = global_generators(), images.clone()
+    try:
+        scores = score(reward, images, context).detach()
+    except DiffRLError as error:
+        yield str(error)
+        return  # whatever else is asked would only say it again
+    if global_generators() != before:
+        yield (
+            "it draws from, or seeds, a global generator, and so changes what the run draws. Give it a "
+            "torch.Generator of its own with a fixed seed."
+        )
+    if not torch.equal(images, kept):
+        yield "it changes the pictures it is given. Work on images.clone()."
+        images = kept.clone()
+    if scores.dtype != torch.float32:
+        yield f"it returns {scores.dtype}. Return .float(), torch.float32."
+    again = score(reward, images.clone(), context).detach()
+    if not torch.equal(again, scores):
+        yield (
+            f"the same pictures score {float(scores[0]):.6g} and then {float(again[0]):.6g}. Seed what it "
+            "draws, and put its networks in .eval() mode."
+        )
+    else:
+        yield from _company(reward, images, context, scores)
+    if scores.max() == scores.min():
+        yield f"all {len(scores)} pictures score {float(scores[0]):.6g}. A constant teaches nothing."
+    yield from _labels(reward, images, context, scores)
+    if reward.differentiable:
+        yield from _gradient(reward, images, context)
+
+
+def _claims(reward: Reward) -> Iterator[str]:
+    """Yield what is wrong with the reward's own attributes."""
+    if not isinstance(getattr(reward, "differentiable", None), bool):
+        yield "it has no `differentiable`. Say True or False: do gradients flow from score to pictures?"
+    counts = getattr(reward, "num_classes", None)
+    if not isinstance(counts, tuple) or any(not isinstance(k, int) or k < 2 for k in counts):
+        yield (
+            f"num_classes={counts}: it must be a tuple, of each attribute of the label the number of its "
+            "classes, 2 or more. Say () if it reads no label."
+        )
+
+
+def _pictures(num_dims: int | None, size: int) -> Tensor:
+    """Return noise of five strengths on five grounds, then the flat ones; or points around 0."""
+    generator = torch.Generator().manual_seed(0)
+    if num_dims is not None:
+        return torch.randn(8, num_dims, 1, 1, generator=generator)
+    grounds = torch.rand(5, 3, 1, 1, generator=generator)
+    strengths = torch.linspace(0.05, 0.4, 5).view(5, 1, 1, 1)
+    noisy = grounds + strengths * torch.randn(5, 3, size, size, generator=generator)
+    flat = torch.tensor([0.0, 1.0, 0.5]).view(3, 1, 1, 1).expand(3, 3, size, size)
+    return torch.cat([noisy.clamp(0, 1), flat])
+
+
+def _context(reward: Reward, count: int, device: torch.device) -> Context:
+    numbers = torch.arange(count)
+    columns = [numbers % classes for classes in reward.num_classes]
+    label = torch.stack(columns, 1) if columns else torch.zeros(count, 0, dtype=torch.int64)
+    prompts = [_PROMPTS[i % len(_PROMPTS)] for i in range(count)]
+    return Context(prompts, torch.zeros(count, 1, 1, device=device), label.to(device))
+
+
+def _company(reward: Reward, images: Tensor, context: Context, scores: Tensor) -> Iterator[str]:
+    """A picture's score is its own: the same alone, and at another place of the batch."""
+    singles = [
+        score(reward, images[i : i + 1], chosen(context, torch.tensor([i]))) for i in range(len(images))
+    ]
+    alone = torch.cat(singles).detach()
+    if not (same := alike(scores, alone)).all():
+        i = int((~same).nonzero()[0, 0])
+        yield (
+            f"picture {i} scores {float(scores[i]):.6g} among {len(scores)} and {float(alone[i]):.6g} "
+            "alone. Use no mean, deviation or norm over the batch (algorithms standardise rewards "
+            "themselves), and put its networks in .eval() mode."
+        )
+        return
+    order = torch.arange(len(images)).roll(1)
+    moved = score(reward, images[order], chosen(context, order)).detach()
+    if not (same := alike(scores[order], moved)).all():
+        i = int(order[(~same).nonzero()[0, 0]])
+        yield (
+            f"picture {i} scores {float(scores[i]):.6g}, and another number at another place of the batch. "
+            "Take each picture with its own row of context.label and its own prompt, by its place."
+        )
+
+
+def _labels(reward: Reward, images: Tensor, context: Context, scores: Tensor) -> Iterator[str]:
+    """Each attribute of the label counts, and none of them need be given."""
+    for number, classes in enumerate(reward.num_classes):
+        label = context.label.clone()
+        label[:, number] = (label[:, number] + 1) % classes
+        other = score(reward, images, Context(context.prompts, context.prompt_embeds, label))
+        if torch.equal(other.detach(), scores):
+            yield (
+                f"num_classes={reward.num_classes}, but no score depends on attribute {number} of the "
+                f"label. Read context.label[:, {number}], or leave it out of num_classes."
+            )
+    if reward.num_classes:
+        nothing = torch.full_like(context.label, NO_LABEL)
+        try:
+            score(reward, images, Context(context.prompts, context.prompt_embeds, nothing))
+        except DiffRLError as error:
+            yield f"without a label (NO_LABEL, {NO_LABEL}): {error} Return 0 there."
+
+
+def _gradient(reward: Reward, images: Tensor, context: Context) -> Iterator[str]:
+    images = images.clone().requires_grad_()
+    scores = score(reward, images, context)
+    slope = None
+    if scores.requires_grad:
+        (slope,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)
+    if slope is None:
+        yield (
+            "differentiable=True, but no gradient reaches the pictures. Stay in tensor operations (no "
+            ".item(), .numpy(), .detach(), no_grad, round), or say differentiable=False."
+        )
+        return
+    if not (finite := slope.isfinite().flatten(1).all(1)).all():
+        i = int((~finite).nonzero()[0, 0])
+        where = (
+            f"picture {i}, which is {_FLAT[i]}," if i in _FLAT and images[0].numel() > 8 else f"picture {i}"
+        )
+        yield (
+            f"the gradient at {where} is not finite. Add a small number under the root or logarithm, and "
+            "before a division."
+        )
+    elif not slope.any():
+        yield (
+            "differentiable=True, but the gradient is 0 at every picture. It rounds, counts, compares or "
+            "saturates: use a smooth measure, or say differentiable=False."
+        )
