@@ -14,6 +14,7 @@ from diffrl.envs.registration import register_envs
 __version__ = "0.1.0"
 
 _LAZY = {
+    "check_algorithm": "diffrl.checks.algorithm",
     "check_env": "diffrl.checks.env",
     "check_reward": "diffrl.checks.reward",
 }

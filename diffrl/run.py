@@ -184,7 +184,7 @@ class Run:
         with progress(settings.chosen(self.config, "algo"), algo.updates) as bar:
             bar.advance(self.update)
             while self.update < algo.updates:
-                metrics = self._train_once()
+                metrics = self.train_once()
                 log.write(self.update, metrics | self.spent)
                 bar.advance(note=_note(metrics))
                 if self.update == algo.updates:
@@ -204,7 +204,7 @@ class Run:
         self.log_size, self.done = log.size(), True
         self.save(self.folder / _CHECKPOINTS)
 
-    def _train_once(self) -> dict[str, float]:
+    def train_once(self) -> dict[str, float]:
         """Take the next update and return its metrics."""
         algo, rate = self.config.algo, self.config.algo.rate(self.update)
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
