@@ -3,6 +3,7 @@
     algo=ctrl              one of ours
     reward=brightness      an entry point `diffrl.rewards` of an installed package
     env=my_env.py:MyEnv    a name in a file
+    reward=[jpeg,my.py:f]  several rewards, as one
 
 Each becomes a dataclass whose fields are its settings.
 """
@@ -10,8 +11,8 @@ Each becomes a dataclass whose fields are its settings.
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, make_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from diffrl.errors import DiffRLError, unknown
 from diffrl.rewards.aesthetic import Aesthetic
 from diffrl.rewards.clip_score import ClipScore
 from diffrl.rewards.closed_form import Gaussian, Softmax
+from diffrl.rewards.composed import Composed
 from diffrl.rewards.compressibility import Compressibility
 from diffrl.rewards.custom import of_function
 from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
@@ -119,21 +121,27 @@ _KINDS = {
 
 
 def register(group: str, word: str) -> str:
-    """Return the name under which `GROUPS` has what `word` asks for; it is loaded if it is not ours.
+    """Return the name under which `GROUPS` has what `word` asks for, which is loaded if it is not ours.
 
     Raises:
         DiffRLError: see `component`. A name that nobody knows is returned as it is.
     """
-    if group not in _KINDS or word in GROUPS[group] or not (_is_file(word) or word in installed(group)):
+    ours = group not in _KINDS or word in GROUPS[group]
+    made = _is_file(word) or _is_list(word)
+    if ours or not (made or word in installed(group)):
         return word
-    name = CUSTOM if _is_file(word) else word
+    name = CUSTOM if made else word
     GROUPS[group][name] = component(group, word)
     return name
 
 
 def word_of(name: str, settings: dict[str, Any]) -> str:
     """Return the word that chose a component, from its name and settings as a run stored them."""
-    return settings["defined_in"] if name == CUSTOM else name
+    if name != CUSTOM:
+        return name
+    if "defined_in" in settings:
+        return settings["defined_in"]
+    return f"[{','.join(part.get('defined_in', name) for name, part in settings['parts'].items())}]"
 
 
 def content(source: str) -> str:
@@ -154,6 +162,8 @@ def component(group: str, word: str) -> type:
     Raises:
         DiffRLError: no such file or name, a file or package that fails, something of another kind.
     """
+    if _is_list(word):
+        return _composed(group, word)
     if _is_file(word):
         return _from_file(group, word)
     if word in GROUPS[group]:
@@ -174,6 +184,33 @@ def component(group: str, word: str) -> type:
 
 def _is_file(word: str) -> bool:
     return ".py:" in word
+
+
+def _is_list(word: str) -> bool:
+    return word.startswith("[")
+
+
+def _composed(group: str, word: str) -> type:
+    if group != "reward" or not word.endswith("]"):
+        raise DiffRLError(f"{group}={word}: only rewards can be several, reward=[one,other].")
+    parts: dict[str, type] = {}
+    for part in word[1:-1].split(","):
+        name, kind = part.rpartition(":")[2].strip(), component(group, part.strip())
+        if name in parts:
+            raise DiffRLError(f"reward={word}: {name} is there twice; give each part another name.")
+        if getattr(kind, "learned", False):
+            raise DiffRLError(
+                f"reward={word}: {name} is fitted to a label, and stands alone; leave it out."
+            )
+        parts[name] = kind
+    # a class as default: the settings of a part may be incomplete until the command line has been read
+    fields = [(name, kind, field(default=kind)) for name, kind in parts.items()]
+    schema = make_dataclass("Parts", fields)
+    from_anywhere = ",".join(getattr(kind, "defined_in", name) for name, kind in parts.items())
+    namespace = {"__reduce__": _by_word(group, f"[{from_anywhere}]"), "__doc__": Composed.__doc__}
+    return make_dataclass(
+        "Composed", [("parts", schema, field(default=schema))], bases=(Composed,), namespace=namespace
+    )
 
 
 def _from_file(group: str, word: str) -> type:
@@ -224,17 +261,16 @@ def as_component(
         settings = own if "__dataclass_fields__" in vars(own) else dataclass(own)
     except (TypeError, ValueError) as error:
         raise DiffRLError(f"{group}={word}: {name} cannot have these settings: {error}") from error
-    for field in fields(settings):
-        if field.default is field.default_factory is MISSING:
-            raise DiffRLError(f"{group}={word}: {name}.{field.name} has no default; give it one.")
+    for one in fields(settings):
+        if one.default is one.default_factory is MISSING:
+            raise DiffRLError(f"{group}={word}: {name}.{one.name} has no default; give it one.")
     given = {key for base in own.__mro__[:-1] for key in vars(base)}
     given -= getattr(own, "__abstractmethods__", frozenset())
     if missing := [needed for needed in kind.needed if needed.partition("(")[0] not in given]:
         raise DiffRLError(f"{group}={word}: {name} has no {', no '.join(missing)}; {kind.advice}")
     namespace: dict[str, Any] = {key: value for key, value in kind.defaults.items() if key not in given}
     namespace["__doc__"] = doc
-    # by its word: another process, such as a suite's, cannot import it
-    namespace["__reduce__"] = lambda self: (_rebuild, (group, word, asdict(self)))
+    namespace["__reduce__"] = _by_word(group, word)
     made = make_dataclass(name, more, bases=(settings,), namespace=namespace)
     try:
         OmegaConf.structured(made)
@@ -242,6 +278,11 @@ def as_component(
         reason = str(error).splitlines()[0]
         raise DiffRLError(f"{group}={word}: {name} cannot have these settings: {reason}") from error
     return made
+
+
+def _by_word(group: str, word: str) -> Callable[[Any], tuple[Any, ...]]:
+    """Return how to pickle what a word made: another process, such as a suite's, cannot import it."""
+    return lambda self: (_rebuild, (group, word, asdict(self)))
 
 
 def _rebuild(group: str, word: str, settings: dict[str, Any]) -> Any:
