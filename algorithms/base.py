@@ -38,7 +38,7 @@ class Algorithm(ABC):
     needs_gradient: ClassVar[bool]
     needs_labels: ClassVar[bool] = False  # a true one of each picture
     needs_noise: ClassVar[bool]  # eta > 0: a log-probability or a KL is asked for
-    restraint: ClassVar[str] = "Train for fewer updates, or keep_best=eval/prompt_fidelity."  # if hacked
+    restraint: ClassVar[str] = "Lower algo.learning_rate, or train for fewer updates."  # if it is hacked
 
     def __post_init__(self) -> None:
         least = {"updates": self.fewest_updates, "batch_size": 1, "micro_batch_size": 1}

@@ -33,11 +33,12 @@ class CTRL(Pathwise):
     gamma: float = 750.0  # of log p(y|x), chosen on emoji; the paper's 10, with its mean KL, is 10 d
 
     needs_noise: ClassVar[bool] = True
+    restraint: ClassVar[str] = "Lower algo.gamma, or give algo.kl_budget=NATS."
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.gamma > 0:
+        if not self.gamma > 0:  # the KL's weight is made of it
             raise DiffRLError(f"algo.gamma={self.gamma}: must be positive.")
+        super().__post_init__()
 
     @property
     def kl_weight(self) -> float:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from diffrl import processes
 from diffrl.algorithms.advantages import SMALLEST_STD, GroupStatistics, groups_of, standardise
 from diffrl.algorithms.base import Algorithm, batches, check_choice
+from diffrl.algorithms.kl_budget import KLBudget
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy
@@ -43,10 +44,12 @@ class DDPO(Algorithm):
     buffer_size: int = 16  # rewards remembered for each
     min_count: int = 16  # with fewer, the batch's statistics stand in
     kl: float = 0.0  # weight of the KL to the pretrained model, in units of the reward a nat
+    kl_budget: float | None = None  # nats that the KL of the rollouts is to come to: its weight adapts
     kl_form: str = "loss"  # reward: sampled log-ratios in the return; loss: analytic KL, both halves
 
     needs_gradient: ClassVar[bool] = False
     needs_noise: ClassVar[bool] = True
+    restraint: ClassVar[str] = "Raise algo.kl, or give it a start and algo.kl_budget=NATS."
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +85,7 @@ class DDPO(Algorithm):
                 stacklevel=2,
             )
         self.statistics = GroupStatistics(self.buffer_size, self.min_count)
+        self.budget = KLBudget(self.kl_budget, self.kl)
 
     @property
     def target_gamma(self) -> float | None:
@@ -120,15 +124,17 @@ class DDPO(Algorithm):
                 norms = self.step(policy, optimizer)
         if batch.kl is not None:
             metrics["rollout/kl"] = float(batch.kl.sum()) / len(rewards)
-        return processes.summed(metrics) | {"rollout/reward_mean": float(rewards.mean())} | norms
+        metrics = processes.summed(metrics) | {"rollout/reward_mean": float(rewards.mean())}
+        return metrics | self.budget.learn(metrics.get("rollout/kl", 0.0)) | norms
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rewards of each group that are remembered."""
-        return self.statistics.state_dict()
+        """Return the rewards of each group that are remembered, and the budget's factor."""
+        return self.statistics.state_dict() | self.budget.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self.statistics.load_state_dict(state)
+        self.budget.load_state_dict(state)
 
     def _advantages(self, batch: Trajectory, rewards: Tensor, ours: slice) -> tuple[Tensor, Tensor]:
         """Return the advantage of every decision, `[T, B]`, and the weight of its KL as a loss, `[B]`.
@@ -143,7 +149,8 @@ class DDPO(Algorithm):
         standardised = standardise(rewards, mean, std, self.advantage_clip)
         advantages = standardised[ours].expand(len(batch.timesteps), -1)
         # the KL is measured in the units that the standardised rewards have; 1 where they are all alike
-        weight = self.kl / torch.where(std > SMALLEST_STD, std, 1.0).expand(len(rewards))[ours]
+        unit = torch.where(std > SMALLEST_STD, std, 1.0).expand(len(rewards))[ours]
+        weight = self.kl * self.budget.factor / unit
         if not self.kl:
             return advantages, weight
         assert batch.kl is not None

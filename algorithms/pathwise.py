@@ -6,7 +6,7 @@ What CTRL and the reward back-propagation methods share. Shapes: N envs, T steps
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from diffrl import processes
 from diffrl.algorithms.base import Algorithm, check_choice
+from diffrl.algorithms.kl_budget import KLBudget
 from diffrl.algorithms.truncation import Truncation
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
@@ -35,6 +36,7 @@ class Pathwise(Algorithm):
     kl_reduction: str = "sum"  # over latent dims: sum (nats) or mean (CTRL's code)
     max_grad_norm: float = 10.0  # of LoRA and embedding; chosen on emoji, where few updates pass it
     kl_steps: int | None = 1  # that stand for those never kept in the KL's estimate; null: all are measured
+    kl_budget: float | None = None  # nats that the KL of the rollouts is to come to: its weight adapts
     truncation: Truncation = field(default_factory=Truncation)
 
     needs_gradient: ClassVar[bool] = True
@@ -50,11 +52,12 @@ class Pathwise(Algorithm):
                 "some steps needs each one's chance of being kept, and here K is random. Use "
                 "algo.kl_steps=null, or algo.truncation.kind=fixed, last or subset."
             )
+        self.budget = KLBudget(self.kl_budget, self.kl_weight)
 
     @property
     @abstractmethod
     def kl_weight(self) -> float:
-        """w, in units of the reward; 0: no KL is computed."""
+        """The weight w before a budget adapts it, in units of the reward; 0: no KL is computed."""
 
     @property
     def target_gamma(self) -> float | None:
@@ -107,14 +110,25 @@ class Pathwise(Algorithm):
         share = self.micro_batch_size / self.batch_size
         total: dict[str, float] = {}
         for trajectory in trajectories:
-            objective, metrics = trajectory.reward, {"rollout/reward_mean": trajectory.reward.mean()}
+            objective, seen = trajectory.reward, {"rollout/reward_mean": trajectory.reward.mean()}
             if trajectory.kl is not None:
                 kl = trajectory.kl.sum(0)  # or its unbiased estimate
                 per_dim = kl / trajectory.latents[0][0].numel()
-                objective = objective - self.kl_weight * (kl if self.kl_reduction == "sum" else per_dim)
-                metrics |= {"rollout/kl": kl.mean(), "rollout/kl_mean": per_dim.mean()}
+                weight = self.kl_weight * self.budget.factor
+                objective = objective - weight * (kl if self.kl_reduction == "sum" else per_dim)
+                seen |= {"rollout/kl": kl.mean(), "rollout/kl_mean": per_dim.mean()}
             loss = -objective.mean()
             (share * loss).backward()
-            for name, value in (metrics | {"train/loss": loss}).items():
+            for name, value in (seen | {"train/loss": loss}).items():
                 total[name] = total.get(name, 0.0) + share * float(value.detach())
-        return processes.summed(total) | self.step(policy, optimizer)
+        metrics = processes.summed(total)
+        metrics |= self.budget.learn(metrics.get("rollout/kl", 0.0))
+        return metrics | self.step(policy, optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the budget has made of the KL's weight."""
+        return self.budget.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.budget.load_state_dict(state)

@@ -29,6 +29,7 @@ class RewardBackprop(Pathwise):
     variance_samples: int = 0  # DRaFT-LV's n: re-noised last steps a picture; 0: off
 
     needs_noise: ClassVar[bool] = False
+    restraint: ClassVar[str] = "Raise algo.kl, or give it a start and algo.kl_budget=NATS."
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,7 @@ ALGORITHMS = {
     "ctrl, accumulated, best kept": ["algo=ctrl", "algo.micro_batch_size=1", "keep_best=eval/mean_logp"],
     "ddpo": ["algo=ddpo", "algo.kl=0.5", "algo.per_prompt=true", "algo.min_count=2", "algo.minibatches=2"],
     "rwr": ["algo=rwr", "algo.epochs=2", "algo.fit_batch_size=2"],
-    "reward_backprop": ["algo=reward_backprop"],
+    "reward_backprop": ["algo=reward_backprop", "algo.kl=0.01", "algo.kl_budget=0.5"],
     "classifier_free": ["algo=classifier_free", "algo.epochs=2", "algo.fit_batch_size=2"],
 }
 
