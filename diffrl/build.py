@@ -85,6 +85,7 @@ class Setup:
             num_envs=num_envs,
             group_size=group_size,
             dataset=self.dataset,
+            reward_timeout=self.config.reward_timeout,
         )
 
     def make_guided(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:
@@ -231,6 +232,8 @@ def check(config: Config) -> None:
     for option in ("checkpoint_every", "keep_last", "patience"):
         if (value := getattr(config, option)) is not None and value < 1:
             raise DiffRLError(f"{option}={value}: must be 1 or more.")
+    if config.reward_timeout is not None and not config.reward_timeout > 0:
+        raise DiffRLError(f"reward_timeout={config.reward_timeout}: must be positive, or null for none.")
     if config.patience is not None and config.keep_best is None:
         raise DiffRLError(
             f"patience={config.patience} keep_best=null: better by what? Give keep_best=eval/accuracy, or "

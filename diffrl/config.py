@@ -44,6 +44,7 @@ class Config:
     eval_prompts: str | None = None  # of evaluations, such as eval_animals; null: the same
     dataset: str | None = None  # AVA, metadata.csv or .jsonl, or pictures; null: drawn from the model
     dataset_workers: int = 0  # processes that read its pictures; 0: this one
+    reward_timeout: float | None = 600.0  # seconds a black box may take for a micro-batch; null: for ever
     clip: str | None = None  # a CLIP model, a folder or a hub id, for CLIPScore
     seed: int = 0  # of all that is drawn
     resume: str = "never"  # or auto: go on with the run of this name, if it is there
@@ -195,7 +196,7 @@ def _stored(config: Config) -> dict[str, Any]:
 def facts(config: Config) -> dict[str, Any]:
     """Return all that decides a run's numbers: the settings, of a model or a file of yours its content."""
     found = _stored(config)
-    for name in ("name", "root", "resume", "checkpoint_every", "keep_last"):
+    for name in ("name", "root", "resume", "checkpoint_every", "keep_last", "reward_timeout"):
         del found[name]
     if "model" in found["env"]:
         found["env"]["model"] = fingerprint(found["env"]["model"])

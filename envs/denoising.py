@@ -41,6 +41,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         num_envs: N.
         group_size: so many consecutive envs share prompt and label; it divides N.
         dataset: labelled pictures for an algorithm that learns from them; the env itself reads none.
+        reward_timeout: seconds that a black-box reward may take for N pictures; None: for ever.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012, as Gymnasium declares it
@@ -58,6 +59,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         num_envs: int = 1,
         group_size: int = 1,
         dataset: Pictures | None = None,
+        reward_timeout: float | None = None,
         render_mode: str | None = "rgb_array",
     ) -> None:
         if num_envs < 1:
@@ -67,7 +69,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         if not prompts:
             raise DiffRLError("prompts: the list is empty; give at least one.")
         self.backbone, self.schedule, self.reward = backbone, schedule, reward
-        self.dataset = dataset
+        self.dataset, self.reward_timeout = dataset, reward_timeout
         self.prompts = list(prompts)
         self.num_envs, self.group_size, self.render_mode = num_envs, group_size, render_mode
         self.device, self.dtype = backbone.unet.device, schedule.sigma.dtype
@@ -172,7 +174,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         """Nothing is held open."""
 
     def _score(self, images: Tensor, context: Context) -> Tensor:
-        reward = score(self.reward, images, context)
+        reward = score(self.reward, images, context, self.reward_timeout)
         self.num_scored += len(images)
         return reward
 

@@ -5,25 +5,43 @@ Shapes: N pictures.
 
 import traceback
 
-import torch
 from torch import Tensor
 
 from diffrl.errors import DiffRLError
+from diffrl.memory import is_exhausted
+from diffrl.rewards.timeout import NoAnswerError, within
 from diffrl.types import Context, Reward
 
 
-def score(reward: Reward, images: Tensor, context: Context) -> Tensor:
+def score(reward: Reward, images: Tensor, context: Context, timeout: float | None = None) -> Tensor:
     """Return the reward `[N]` of `images` `[N, 3, H, W]`, with its graph if it has one.
 
+    Args:
+        reward: is asked.
+        images: to be scored.
+        context: their prompts and labels.
+        timeout: seconds that a black box may take; None: for ever.
+
     Raises:
-        DiffRLError: it fails, or returns anything but one finite float a picture.
+        DiffRLError: it fails, does not answer, or returns anything but one finite float a picture.
     """
     name = type(reward).__name__
     try:
-        scores = reward(images, context)
-    except (DiffRLError, torch.cuda.OutOfMemoryError):
+        if timeout is None or reward.differentiable:
+            scores = reward(images, context)
+        else:
+            scores = within(timeout, lambda: reward(images, context))
+    except NoAnswerError:
+        raise DiffRLError(
+            f"reward {name} has not answered for {timeout:g} s on {len(images)} pictures, the first of "
+            f"{context.prompts[0]!r}. If it is slow and does not hang, give it longer by "
+            "reward_timeout=SECONDS."
+        ) from None
+    except DiffRLError:
         raise
     except Exception as error:  # of whatever the reward is made of
+        if is_exhausted(error):
+            raise
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise DiffRLError(
             f"reward {name} failed at {at.filename}:{at.lineno} on {len(images)} pictures, the first "
