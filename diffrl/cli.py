@@ -24,10 +24,10 @@ settings are Hydra's key=value words, after 'train' or 'fit':
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or 2 for a mistake in what was asked."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    whole = parser()
+    options, rest = whole.parse_known_args(argv)
     if options.command is None:
-        parser.print_help()
+        whole.print_help()
         return 0
     try:
         if rest and not hasattr(options, "words"):
@@ -44,14 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    whole = argparse.ArgumentParser(
         prog="diffrl",
         description="RL fine-tuning of diffusion models.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
     for name in _COMMANDS:
         command = importlib.import_module(f"diffrl.commands.{name.replace('-', '_')}")
         line = str(command.__doc__).rstrip(".")
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         subparser.set_defaults(run=command.run)
         command.arguments(subparser)
-    return parser
+    return whole
 
 
 def _quieten() -> None:

@@ -95,6 +95,11 @@ def load(overrides: list[str]) -> Config:
 
     Raises:
         DiffRLError: as `composed`, or a value that its component refuses.
+
+    Examples:
+        >>> config = load(["algo=ddpo", "algo.kl=0.1"])
+        >>> config.algo.kl, chosen(config, "env")
+        (0.1, 'emoji')
     """
     return to_objects(composed(overrides))
 

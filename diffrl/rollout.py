@@ -46,6 +46,17 @@ def rollout(
             where x_0 given x_{t-1} is Gaussian of a constant covariance; elsewhere it is an estimate whose
             bias has no bound. By default gradients go back through the chain, by the true derivative where
             a step is kept, by the derivative at a constant noise prediction where it is not.
+
+    Examples:
+        >>> from diffrl import config
+        >>> from diffrl.build import Setup
+        >>> setup = Setup(config.load(["algo=ddpo", "reward=jpeg", "env.num_steps=2"]))
+        >>> policy, env = setup.make_policy(()), setup.make_env(setup.config.reward, 4)
+        >>> episodes = rollout(env, policy, setup.generator(0), reference=policy.reference, seed=0)
+        >>> episodes.latents.shape, episodes.log_prob.shape, episodes.reward.shape
+        (torch.Size([3, 4, 4, 16, 16]), torch.Size([2, 4]), torch.Size([4]))
+        >>> float(episodes.kl.abs().max())  # nothing is learnt yet
+        0.0
     """
     steps = env.schedule.num_steps
     if isinstance(grad_steps, int):

@@ -42,6 +42,19 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         group_size: so many consecutive envs share prompt and label; it divides N.
         dataset: labelled pictures for an algorithm that learns from them; the env itself reads none.
         reward_timeout: seconds that a black-box reward may take for N pictures; None: for ever.
+
+    Examples:
+        >>> import gymnasium
+        >>> env = gymnasium.make_vec("diffrl:diffrl/Emoji-v0", num_envs=2, num_steps=2)
+        >>> obs, _ = env.reset(seed=0, options={"prompts": ["cat", "dog"]})
+        >>> obs["latents"].shape, obs["timestep"].tolist()
+        (torch.Size([2, 4, 16, 16]), [501, 501])
+        >>> obs, reward, terminated, truncated, info = env.step(0.5 * obs["latents"])
+        >>> reward.tolist(), terminated.tolist(), obs["timestep"].tolist()
+        ([0.0, 0.0], [False, False], [1, 1])
+        >>> obs, reward, terminated, truncated, info = env.step(0.5 * obs["latents"])
+        >>> terminated.tolist(), info["images"].shape, bool((reward < 0).all())
+        ([True, True], torch.Size([2, 3, 64, 64]), True)
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012, as Gymnasium declares it

@@ -18,7 +18,14 @@ QUALITY = 95  # DDPO and CTRL
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """Return the size of each picture in kB (1000 bytes) as a JPEG of quality 95, 4:2:0, `[N]`."""
+    """Return the size of each picture in kB (1000 bytes) as a JPEG of quality 95, 4:2:0, `[N]`.
+
+    Examples:
+        >>> flat, noise = torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64)
+        >>> sizes = jpeg_kilobytes(torch.stack([flat, noise]))
+        >>> sizes.shape, bool(sizes[0] < sizes[1])
+        (torch.Size([2]), True)
+    """
     sizes = []
     for picture in to_pixels(images):
         buffer = io.BytesIO()
