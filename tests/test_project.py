@@ -1,11 +1,13 @@
 """The promises of the project's own files."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import yaml
 from conftest import assert_close
 
 from diffrl.components import component
@@ -22,6 +24,18 @@ def test_ci_runs_the_readme_s_test_command_exactly():
     assert first == "pip install -c constraints.txt -e . && diffrl train"
     assert second == "pip install -c constraints.txt -e '.[test]' && pytest"
     assert second in commands((ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+
+
+def test_pushes_are_tested_from_the_oldest_python_on_and_as_a_wheel():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    said = re.search(r'requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert jobs["oldest"]["steps"][1]["with"]["python-version"] == said[1]
+    assert jobs["oldest"]["steps"][-1]["run"] == commands((ROOT / "README.md").read_text())[1].replace(
+        "-c constraints.txt ", ""
+    )
+    for job, script in {"pinned": ".ci/run", "wheel": ".ci/wheel"}.items():
+        assert jobs[job]["steps"][-1]["run"] == script
+        assert os.access(ROOT / script, os.X_OK)
 
 
 def test_both_commands_are_on_the_readme_s_first_screen():
