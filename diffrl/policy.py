@@ -134,8 +134,10 @@ class Policy(nn.Module):
         """Return the noise prediction that the law of x_{t-1} is made of, `[N, C, H, W]`.
 
         With `control_scale` s other than 1, eps = eps_ref + s (eps - eps_ref): the strength of the
-        control at inference (CTRL, appendix D).
+        control at inference (CTRL, appendix D); 0 runs the pretrained model alone.
         """
+        if self.control_scale == 0.0:
+            return self._guided(obs, self._no_label(obs), adapters=False)
         eps = self._guided(obs, obs["label"], adapters=True)
         if self.control_scale != 1.0:
             reference = self._guided(obs, self._no_label(obs), adapters=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from diffrl.datasets import Batch
+from diffrl.errors import DiffRLError
 
 EVALUATION_SEED = 42
 """Of an evaluation's noise and prompts, unless another is asked for (CTRL)."""
@@ -195,6 +196,17 @@ def draw(distribution: Independent, generator: torch.Generator) -> Tensor:
     mean = distribution.mean
     noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
     return mean + distribution.stddev * noise.to(mean.device)
+
+
+def check_range(label: Tensor, num_classes: Sequence[int]) -> None:
+    """Raise DiffRLError unless each attribute of labels `[N, A]` is one of its classes, or NO_LABEL."""
+    for attribute, (column, count) in enumerate(zip(label.unbind(1), num_classes, strict=True)):
+        wrong = column[(column < NO_LABEL) | (column >= count)]
+        if len(wrong):
+            raise DiffRLError(
+                f"label={int(wrong[0])}: out of range; attribute {attribute} has labels 0 to "
+                f"{count - 1}, and {NO_LABEL} for none."
+            )
 
 
 def every_label(num_classes: Sequence[int]) -> Tensor:

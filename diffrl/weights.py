@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffrl.errors import DiffRLError
-from diffrl.policy import Policy
+from diffrl.policy import LabelEmbedding, Policy
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CONTROL_FILE = "control.safetensors"
@@ -45,15 +45,59 @@ def load(policy: Policy, folder: Path) -> None:
     Raises:
         DiffRLError: a file missing or cut short, or weights of another shape or place.
     """
-    path = folder / LORA_FILE
-    lora = {name.removeprefix("unet."): tensor for name, tensor in _read(path).items()}
-    expected = get_peft_model_state_dict(policy.unet)
-    _check(path, lora, expected)
+    lora = read_lora(folder)
+    _check(folder / LORA_FILE, lora, get_peft_model_state_dict(policy.unet))
     set_peft_model_state_dict(policy.unet, lora)
     path = folder / CONTROL_FILE
     control = _read(path)
     _check(path, control, policy.label_embedding.state_dict())
     policy.label_embedding.load_state_dict(control)
+
+
+def load_control(folder: Path, width: int) -> LabelEmbedding:
+    """Return the label embedding that `save` wrote, of a denoiser whose time embedding has this width.
+
+    Raises:
+        DiffRLError: the file missing or cut short, or of another width.
+    """
+    path = folder / CONTROL_FILE
+    tables = _read(path)
+    embedding = LabelEmbedding([len(table) - 1 for _, table in sorted(tables.items())], width)
+    _check(path, tables, embedding.state_dict())
+    embedding.load_state_dict(tables)
+    return embedding.requires_grad_(False)
+
+
+def read_lora(folder: Path) -> dict[str, Tensor]:
+    """Return the adapters that `save` wrote, under peft's names.
+
+    Raises:
+        DiffRLError: the file missing or cut short.
+    """
+    return {name.removeprefix("unet."): tensor for name, tensor in _read(folder / LORA_FILE).items()}
+
+
+def load_lora(
+    pipeline: StableDiffusionPipeline, path: Path, lora: dict[str, Tensor], adapter_name: str
+) -> None:
+    """Load a file of adapters by stock `load_lora_weights`, which leaves out in silence what does not fit.
+
+    Args:
+        pipeline: gets them.
+        path: the file, in any layout that diffusers reads.
+        lora: what the denoiser must hold then, under peft's names.
+        adapter_name: for `pipeline.set_adapters`.
+
+    Raises:
+        DiffRLError: it does not hold that.
+    """
+    try:
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
+        loaded = get_peft_model_state_dict(pipeline.unet, adapter_name=adapter_name)
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:  # each by what does not fit
+        reason = str(error).strip().partition("\n")[0]
+        raise DiffRLError(f"{path}: stock diffusers cannot load it into this model ({reason}).") from error
+    _check(path, loaded, lora)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from diffrl.envs.prompts import LabelledPrompt
 from diffrl.errors import DiffRLError
 from diffrl.rewards.scoring import score
 from diffrl.schedule import DDIMSchedule
-from diffrl.types import NO_LABEL, Backbone, Context, Observation, Reward, to_pixels
+from diffrl.types import NO_LABEL, Backbone, Context, Observation, Reward, check_range, to_pixels
 
 
 class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
@@ -235,12 +235,5 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
             raise DiffRLError(
                 f"reset: label has shape {list(label.shape)}; it must be {[self.num_envs, len(counts)]}."
             )
-        for attribute, count in enumerate(counts):
-            column = label[:, attribute]
-            wrong = column[(column < NO_LABEL) | (column >= count)]
-            if len(wrong):
-                raise DiffRLError(
-                    f"label={int(wrong[0])}: out of range; attribute {attribute} has labels 0 to "
-                    f"{count - 1}, and {NO_LABEL} for none."
-                )
+        check_range(label, counts)
         return label.long()

@@ -88,6 +88,39 @@ def tiny_path(tmp_path_factory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
+def learnt(folder: Path, *words: str) -> Path:
+    """Write a run whose weights are random numbers, the null label's aside: as after long training."""
+    from test_cli import FAST
+    from test_policy import learn_a_little
+
+    from diffrl import weights
+    from diffrl.cli import main
+    from diffrl.restore import restore
+
+    fast = [word for word in FAST if word.partition("=")[0] not in {w.partition("=")[0] for w in words}]
+    if any(word.startswith("reward=") for word in words):  # its settings are others
+        fast = [word for word in fast if not word.startswith("reward.")]
+    assert main(["train", f"root={folder.parent}", f"name={folder.name}", *fast, *words]) == 0
+    _, policy, _ = restore(folder, {})
+    learn_a_little(policy)
+    weights.save(policy, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def learnt_run(tiny_path, tmp_path_factory) -> Path:
+    """One label of two classes; guidance, and noise at each of three steps."""
+    words = [f"env.model={tiny_path}", "env.num_steps=3", "algo.updates=1"]
+    return learnt(tmp_path_factory.mktemp("learnt") / "one", *words)
+
+
+@pytest.fixture(scope="session")
+def two_controls(tiny_path, tmp_path_factory) -> Path:
+    """Labels of two attributes, two classes each."""
+    words = [f"env.model={tiny_path}", "reward=multitask", "reward.num_pictures=40", "algo.updates=1"]
+    return learnt(tmp_path_factory.mktemp("learnt") / "two", *words)
+
+
 @pytest.fixture
 def tiny(tiny_path) -> StableDiffusion:
     return StableDiffusion.load(str(tiny_path))

@@ -25,11 +25,11 @@ def run(options: argparse.Namespace) -> None:
     from PIL import Image
 
     from diffrl.algorithms.guidance.base import Unguided
+    from diffrl.draw import draw
     from diffrl.evaluate import label_name, measures_of
     from diffrl.log import console, grid
     from diffrl.rewards.closed_form import ClosedForm
     from diffrl.rewards.log_likelihood import LogLikelihood
-    from diffrl.rollout import rollout
     from diffrl.types import NO_LABEL, to_pixels
 
     if options.n < 1:
@@ -42,11 +42,7 @@ def run(options: argparse.Namespace) -> None:
     if not asked and reward.num_classes and not isinstance(setup.config.guidance, Unguided):
         raise DiffRLError("no --label: guidance asks for a label, or it has nothing to go by.")
     actor = setup.guide(policy, reward, options.n)
-    generator = torch.Generator(setup.device).manual_seed(options.seed)
-    count = actor.env.num_envs
-    wanted = {"prompts": [options.prompt] * count, "label": label.expand(count, -1)}
-    trajectory = rollout(actor.env, actor, generator, seed=options.seed, options=wanted)
-    images = trajectory.images[actor.chosen(generator)]
+    images = draw(actor, options.prompt, label, options.seed)
     folder = options.out or (run_folder(options.words) or Path()) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     stem = options.prompt.replace(" ", "-").replace("/", "-")
