@@ -4,6 +4,7 @@ One dataclass a component is its schema: fields, defaults, and a line of help in
 each. Presets are YAML in `diffrl/conf/`.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -228,6 +229,31 @@ def same(stored: Mapping[str, Any], config: Config) -> bool:
     return then.keys() <= now.keys() and all(
         then.get(name, defaults.get(name)) == value for name, value in now.items()
     )
+
+
+def words(config: Config) -> list[str]:
+    """Return the words that ask 'diffrl train' for these settings, without those that are its defaults."""
+    stored, usual = _stored(config), load([])
+    choices = {group: stored.pop("_" + group) for group in GROUPS}
+    if source := stored["reward"].get("source"):
+        choices["reward"] = source
+    chosen_words = [f"{group}={name}" for group, name in choices.items() if name != chosen(usual, group)]
+    composed = _compose([_registered(word) for word in chosen_words])
+    defaults = _flat(OmegaConf.to_container(composed))  # type: ignore[arg-type]
+    return chosen_words + [
+        f"{key}={_word(value)}"
+        for key, value in _flat(stored).items()
+        if key not in ("name", "root") and value != defaults.get(key)
+    ]
+
+
+def _word(value: Any) -> str:
+    """Return a value in Hydra's grammar."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][\w./:-]*", value):
+        return "'" + value.replace("'", r"\'") + "'"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -147,16 +147,19 @@ def _cost(actor: Guidance, seed: int) -> dict[str, float]:
     }
 
 
-def picture_grid(actor: Guidance, prompts: list[str], *, seed: int = 42) -> Image.Image:
+def picture_grid(
+    actor: Guidance, prompts: list[str], *, seed: int = 42, labels: Tensor | None = None
+) -> Image.Image:
     """Return pictures, one column a prompt and the same noise in each row.
 
-    The first row is the pretrained model's; then one row a label, or one row if there are no labels.
+    The first row is the pretrained model's; then one row a label of `labels` `[C, A]`, by default each
+    there is, or one row if there are none.
     """
     env = actor.env
     words = (prompts * env.num_envs)[: env.num_envs // actor.population]
     rows: list[Tensor] = []
     names = []
-    labels = every_label(env.reward.num_classes)
+    labels = every_label(env.reward.num_classes) if labels is None else labels
     null = torch.full_like(labels[:1], NO_LABEL)
     for number, label in enumerate(torch.cat([null, labels])):
         generator = torch.Generator(env.device).manual_seed(seed)
@@ -168,7 +171,8 @@ def picture_grid(actor: Guidance, prompts: list[str], *, seed: int = 42) -> Imag
         drawn = rollout(env, drawer, generator, seed=seed, options=options)
         first = torch.arange(len(words)) * actor.population
         rows.append(drawn.images[actor.chosen(generator) if number else first])
-        lines = ["pretrained" if not number else f"label {label_name(label)}" if len(label) else "trained"]
+        asked = any(y != NO_LABEL for y in label.tolist())
+        lines = ["pretrained" if not number else f"label {label_name(label)}" if asked else "trained"]
         for measure in measures_of(env.reward):
             lines.append(f"{float(measure.of(rows[-1]).mean()):.2f} {measure.unit or measure.title}")
         names.append("\n".join(lines))

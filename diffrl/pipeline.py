@@ -6,7 +6,7 @@ Shapes: N pictures of P prompts, A attributes of a label, E width of the time em
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -22,6 +22,8 @@ from diffrl.policy import LabelEmbedding
 from diffrl.restore import settings_of
 from diffrl.schedule import make_scheduler
 from diffrl.types import check_range
+
+Pipeline = TypeVar("Pipeline", bound=StableDiffusionPipeline)
 
 ADAPTER = "control"
 """The name of a run's LoRA in the pipeline, for `set_adapters`."""
@@ -52,11 +54,8 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
             DiffRLError: no such run, no such model, or they do not fit.
         """
         env = picture_settings(Path(folder)).env
-        parts = load_parts(model or env.model, None if model else env.revision)
-        for network in (parts.unet, parts.vae, parts.text_encoder):
-            network.float()
-        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return cls(**parts._asdict(), **nothing).load_control(folder)
+        pipeline = of_model(cls, model or env.model, None if model else env.revision)
+        return pipeline._load(Path(folder), env)
 
     def load_control(self, folder: str | Path) -> Self:
         """Put what a run has learnt into this pipeline, and return the pipeline.
@@ -70,8 +69,9 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
         Raises:
             DiffRLError: a file missing or damaged, or of another model.
         """
-        folder = Path(folder)
-        env = picture_settings(folder).env
+        return self._load(Path(folder), picture_settings(Path(folder)).env)
+
+    def _load(self, folder: Path, env: SD15) -> Self:
         width = self.unet.time_embedding.linear_2.out_features
         embedding = weights.load_control(folder, width)
         if self.label_embedding is not None:  # of another run
@@ -79,13 +79,7 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
         weights.load_lora(self, folder / weights.LORA_FILE, weights.read_lora(folder), ADAPTER)
         self.label_embedding = embedding
         self.scheduler = make_scheduler(self.scheduler.config)
-        self.call_defaults = {
-            "num_inference_steps": env.num_steps,
-            "guidance_scale": env.guidance_scale,
-            "eta": env.eta,
-            "height": env.image_size,
-            "width": env.image_size,
-        }
+        self.call_defaults = call_settings(env)
         return self
 
     def __call__(
@@ -184,6 +178,26 @@ class _Control:
         finally:
             self.unet.enable_lora()
             self.offset = offset
+
+
+def of_model(kind: type[Pipeline], model: str, revision: str | None = None) -> Pipeline:
+    """Return a checkpoint, from where `load_parts` finds it, as a float32 pipeline that samples by DDIM."""
+    parts = load_parts(model, revision)
+    for network in (parts.unet, parts.vae, parts.text_encoder):
+        network.float()
+    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return kind(**parts._asdict(), **nothing)
+
+
+def call_settings(env: SD15) -> dict[str, Any]:
+    """Return how a run samples, as arguments of a stock pipeline's call."""
+    return {
+        "num_inference_steps": env.num_steps,
+        "guidance_scale": env.guidance_scale,
+        "eta": env.eta,
+        "height": env.image_size,
+        "width": env.image_size,
+    }
 
 
 def picture_settings(folder: Path) -> Config:

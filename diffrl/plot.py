@@ -93,6 +93,18 @@ def learning(panels: Mapping[str, Sequence[Line]], measure: str) -> Image.Image:
         return _picture(_learning(panels, measure))
 
 
+def training(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name: str) -> Image.Image:
+    """Return one panel a measure, `{measure: (x, y)}`, side by side, each on a scale of its own."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(len(panels), 0)
+        every = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (measure, (x, y)) in zip(every, panels.items(), strict=True):
+            axes.plot(x, y, marker="o", markersize=3)
+            axes.set(title=measure, xlabel=x_name)
+            axes.xaxis.set_major_formatter("{x:,.10g}")
+        return _picture(figure)
+
+
 def learning_svg(panels: Mapping[str, Sequence[Line]], measure: str) -> str:
     """Return the same as an SVG element whose text takes the page's colour."""
     with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": measure}):

@@ -37,17 +37,25 @@ def show(measures: dict[str, Any], reward: Reward) -> None:
     console.print(f"{measures['n']} pictures, {calls} and {measures['seconds_per_image']:.3f} s a picture")
 
 
-def _control_table(measures: dict[str, Any], reward: LogLikelihood) -> Table:
-    """Return a line a label: what it asks for, how often it is obeyed, and its objective in nats."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def control_rows(measures: dict[str, Any], reward: LogLikelihood) -> list[list[str]]:
+    """Return headings and a row a label: what it asks for, how often it is obeyed, objective in nats."""
     titles = [attribute.measure.title for attribute in reward.attributes]
-    for heading in ("label", *titles, "accuracy", "J", "log Z", "gap (nats)"):
-        table.add_column(heading, justify="right")
+    rows = [["label", *titles, "accuracy", "J", "log Z", "gap (nats)"]]
     bounds = [attribute.measure.bounds(attribute.edges) for attribute in reward.attributes]
     for number, label in enumerate(every_label(reward.num_classes)):
         asked = [words[y] for words, y in zip(bounds, label.tolist(), strict=True)]
         keys = ("objective", "log_z", "gap")
         nats = (measures[key][number] if measures.get(key) else None for key in keys)
         known = ("-" if value is None else f"{value:.2f}" for value in nats)
-        table.add_row(label_name(label), *asked, f"{measures['per_class'][number]:.3f}", *known)
+        rows.append([label_name(label), *asked, f"{measures['per_class'][number]:.3f}", *known])
+    return rows
+
+
+def _control_table(measures: dict[str, Any], reward: LogLikelihood) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    headings, *rows = control_rows(measures, reward)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
