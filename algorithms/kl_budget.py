@@ -16,7 +16,8 @@ class KLBudget:
 
     Proportional to the relative error, and multiplicative: the weight stays positive, and neither its scale
     nor that of the reward has to be known. Dual ascent, weight += rate (KL - budget), needs a rate in
-    reward units a nat squared, which differs from task to task by orders of magnitude.
+    reward units a nat squared, which differs from task to task by orders of magnitude. Evaluations go on to
+    measure J and its gap with the gamma that was asked for.
 
     Args:
         nats: that the mean KL of a picture's chain is to come to; None: the factor stays 1.

@@ -1,6 +1,7 @@
 """Guards against reward hacking: which evaluation was best, when to stop, when to warn in words.
 
-They look at what an evaluation measures beside the reward: on prompts and noise that no update has seen.
+They look at what an evaluation measures beside the reward, on noise that no update has seen and, with
+`eval_prompts`, on prompts of its own.
 """
 
 import math

@@ -335,7 +335,7 @@ class Run:
             with memory.told(_AT_A_TIME[1], self.config.eval_batch, self.folder):
                 measures = self._measure(log, last=last)
             warning, new = self.guards.judge(self.update, measures)
-            if warning and new:
+            if new:
                 console.print(f"[bold yellow]update {self.update}[/]: {warning}")
             told = {"guard/warning": warning} if warning else {}
             log.write(self.update, measures | told | self.spent)

@@ -6,7 +6,8 @@ import math
 import pytest
 from test_cli import fails
 
-from diffrl import checkpoint
+from diffrl import checkpoint, guards
+from diffrl.algorithms.ddpo import DDPO
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
 from diffrl.guards import Guards, suspicions
@@ -24,6 +25,16 @@ PRETRAINED = {
     "eval/colour_entropy": 4.0,
 }
 
+TINY = [
+    "env.num_steps=2",
+    "env.guidance_scale=1",
+    "algo.updates=2",
+    "algo.batch_size=4",
+    "algo.micro_batch_size=4",
+    "eval_every=1",
+    "eval_pictures=2",
+]
+
 
 def after(**changes):
     """Return measures like the pretrained model's, but for a reward that rose surely, and `changes`."""
@@ -33,10 +44,10 @@ def after(**changes):
 
 def judged(metric, values, patience=None):
     """Return guards that saw a metric take these values at updates 0, 10, 20, ..."""
-    guards = Guards(metric, patience, "")
+    memory = Guards(metric, patience, "")
     for number, value in enumerate(values):
-        guards.judge(10 * number, {metric: value})
-    return guards
+        memory.judge(10 * number, {metric: value})
+    return memory
 
 
 class TestBest:
@@ -52,8 +63,8 @@ class TestBest:
         ],
     )
     def test_by_hand(self, metric, values, best, update, stale):
-        guards = judged(metric, values)
-        assert (guards.best, guards.best_update, guards.stale) == (best, update, stale)
+        memory = judged(metric, values)
+        assert (memory.best, memory.best_update, memory.stale) == (best, update, stale)
 
     def test_patience_counts_evaluations_since_the_best(self):
         values = [0.2, 0.5, 0.4, 0.3]
@@ -111,17 +122,17 @@ class TestSuspicions:
 
 
 def test_a_warning_is_new_once_a_crossing():
-    guards = Guards(None, None, "Lower algo.gamma.")
+    memory = Guards(None, None, "Lower algo.gamma.")
     hacked = after(prompt_fidelity=0.25, edge_density=0.31)
     words = (
         "reward rose from -6.6 to -0.2, but prompt fidelity fell from 0.96 to 0.25 and edge density is 3.1 "
         "times the pretrained model's: this looks like reward hacking. Lower algo.gamma."
     )
-    assert guards.judge(0, PRETRAINED) == ("", False)
-    assert guards.judge(10, hacked) == (words, True)
-    assert guards.judge(20, hacked) == (words, False)
+    assert memory.judge(0, PRETRAINED) == ("", False)
+    assert memory.judge(10, hacked) == (words, True)
+    assert memory.judge(20, hacked) == (words, False)
     resumed = Guards(None, None, "Lower algo.gamma.")
-    resumed.load_state_dict(json.loads(json.dumps(guards.state_dict())))
+    resumed.load_state_dict(json.loads(json.dumps(memory.state_dict())))
     assert resumed.judge(30, hacked) == (words, False)
     assert resumed.judge(40, hacked | {"eval/diversity": 0.01})[1]
     assert resumed.judge(50, after()) == ("", False)
@@ -152,6 +163,21 @@ class TestRuns:
         assert main(["train", "--resume", str(run)]) == 0
         assert "finished already, 4 updates" in " ".join(capsys.readouterr().out.split())
         assert (run / "metrics.jsonl").read_bytes() == before
+
+    def test_a_warning_is_printed_once_and_recorded_each_time(
+        self, tiny_path, tmp_path, monkeypatch, capsys
+    ):
+        found = {"edge_density": "edge density is 3 times the pretrained model's"}
+        monkeypatch.setattr(guards, "suspicions", lambda first, now: {} if first == now else found)
+        words = [*TINY, f"env.model={tiny_path}", f"root={tmp_path}", "name=run"]
+        assert main(["train", "algo=ddpo", "reward=jpeg", *words]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("edge density is 3 times the pretrained model's: this looks like reward") == 1
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        warned = {line["update"]: line.get("guard/warning", "") for line in lines if "eval/n" in line}
+        assert [update for update, words in warned.items() if words] == [1, 2]
+        assert warned[2].startswith("reward rose from -")
+        assert warned[2].endswith(f": this looks like reward hacking. {DDPO.restraint}")
 
     def test_mistakes_are_named(self, words, capsys):
         assert "patience=2 keep_best=null: better by what?" in fails(capsys, *words, "patience=2")
