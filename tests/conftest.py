@@ -6,6 +6,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_
 os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TERM="dumb")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other work, threads that spin cost minutes
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,14 @@ def hasty(monkeypatch):
     """Fit the solvable model's denoiser for a moment only."""
     fit = gaussian_mixture.fit
     monkeypatch.setattr(gaussian_mixture, "fit", lambda *args: fit(*args, num_steps=60))
+
+
+@pytest.fixture
+def browser():
+    """Chromium, through Playwright; a test is skipped without them."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 from conftest import assert_close
+from PIL import Image
 
 from diffrl.components import component
 
@@ -43,14 +44,16 @@ def test_both_commands_are_on_the_readme_s_first_screen():
     assert len(commands("\n".join(head))) == 2
 
 
-def examples() -> list[str]:
+def example(word: str) -> str:
+    """The README's Python example with this word in it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (found,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in code]
+    return found
 
 
 def test_the_readme_s_rewards_are_rewards(tmp_path):
     path = tmp_path / "my_rewards.py"
-    path.write_text(examples()[0])
+    path.write_text(example("def redness"))
     red = torch.zeros(2, 3, 8, 8)
     red[:, 0] = 1
     assert component("reward", f"{path}:redness")()(red, None).tolist() == [1.0, 1.0]
@@ -60,10 +63,17 @@ def test_the_readme_s_rewards_are_rewards(tmp_path):
 
 
 def test_the_readme_s_episode_runs(tmp_path):
-    example = examples()[1]
-    out = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=tmp_path)
+    code = example("env.step")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     assert "torch.Size([4, 3, 64, 64])" in out.stdout
+
+
+def test_the_readme_s_pipeline_draws(learnt_run):
+    code = example("from_run").replace("runs/NAME", str(learnt_run)).replace("label=3", "label=1")
+    names: dict[str, list[Image.Image]] = {}
+    exec(code, names)
+    assert [picture.size for picture in names["pictures"]] == [(16, 16)] * 4
 
 
 def test_constraints_pin_every_dependency():

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 from PIL import Image
@@ -112,15 +111,6 @@ def test_what_is_no_result_is_named(suite, tmp_path, capsys):
 
 
 class TestInTheBrowser:
-    @pytest.fixture
-    def browser(self):
-        sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-        chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-        if chromium is None:
-            pytest.skip("no chromium on this machine")
-        with sync_api.sync_playwright() as playwright:
-            yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-
     def opened(self, browser, page, **settings):
         """Return the page, with the list that its errors and requests are written to."""
         tab, noticed = browser.new_context(**settings).new_page(), []
