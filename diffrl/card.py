@@ -1,6 +1,7 @@
 """The model card of an export: what it is, its use, numbers, curves and pictures, and how it was made."""
 
 import platform
+import shlex
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -113,7 +114,7 @@ def write(
         seed=EVALUATION_SEED,
         table=control_rows(measures, reward) if isinstance(reward, LogLikelihood) else [],
         curves=_draw_curves(run, folder / "curves.png"),
-        command=["diffrl", "train", *settings.words(config)],
+        command=shlex.join(["diffrl", "train", *settings.words(config)]),
         versions={"diffrl": __version__, "torch": torch.__version__, "Python": platform.python_version()}
         | {library: version(library) for library in _LIBRARIES},
         compared=compared,

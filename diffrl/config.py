@@ -234,13 +234,11 @@ def same(stored: Mapping[str, Any], config: Config) -> bool:
 def words(config: Config) -> list[str]:
     """Return the words that ask 'diffrl train' for these settings, without those that are its defaults."""
     stored, usual = _stored(config), load([])
-    choices = {group: stored.pop("_" + group) for group in GROUPS}
-    if source := stored["reward"].get("source"):
-        choices["reward"] = source
-    chosen_words = [f"{group}={name}" for group, name in choices.items() if name != chosen(usual, group)]
-    composed = _compose([_registered(word) for word in chosen_words])
+    choices = {group: word_of(stored.pop("_" + group), stored[group]) for group in GROUPS}
+    choices = {group: word for group, word in choices.items() if word != chosen(usual, group)}
+    composed = _compose([f"{group}={register(group, word)}" for group, word in choices.items()])
     defaults = _flat(OmegaConf.to_container(composed))  # type: ignore[arg-type]
-    return chosen_words + [
+    return [f"{group}={word}" for group, word in choices.items()] + [
         f"{key}={_word(value)}"
         for key, value in _flat(stored).items()
         if key not in ("name", "root") and value != defaults.get(key)
@@ -251,9 +249,10 @@ def _word(value: Any) -> str:
     """Return a value in Hydra's grammar."""
     if isinstance(value, list):
         return f"[{','.join(map(_word, value))}]"
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][\w./:-]*", value):
-        return "'" + value.replace("'", r"\'") + "'"
-    return value if isinstance(value, str) else json.dumps(value)
+    if not isinstance(value, str):
+        return json.dumps(value)
+    plain = re.fullmatch(r"(?!(true|false|null|nan|inf)$)[A-Za-z_/~][\w./~:-]*", value, re.IGNORECASE)
+    return value if plain else "'" + value.replace("'", r"\'") + "'"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
