@@ -128,11 +128,15 @@ class Setup:
         reward.ceiling = chosen.ceiling
         return reward
 
+    def classifier_file(self) -> Path:
+        """Return where the cache has the fitted classifier, or will have it."""
+        return cache_folder() / f"{self._reward_key()}.safetensors"
+
     def _learned_reward(self, policy: Policy, *, refit: bool) -> LogLikelihood:
         chosen = self.config.reward
         if chosen.classifier:
             return chosen.load()
-        path = cache_folder() / f"{self._reward_key()}.safetensors"
+        path = self.classifier_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # cells of a suite want the same one at once
             if path.is_file() and not refit:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from diffrl.errors import DiffRLError
 
 _COMMANDS = (
-    "train", "fit", "doctor", "eval", "sample", "export", "demo", "compare", "report", "import-ctrl",
-    "list",
+    "train", "plan", "fit", "doctor", "eval", "sample", "export", "demo", "compare", "report",
+    "import-ctrl", "list",
 )  # fmt: skip
 _EPILOG = """\
 settings are Hydra's key=value words, after 'train' or 'fit':

@@ -44,7 +44,7 @@ from diffrl.stop import StopSignals
 from diffrl.types import EVALUATION_SEED, Reward, Trajectory
 
 _CHECKPOINTS = "checkpoints"
-_GRID_COLUMNS = 8
+GRID_COLUMNS = 8
 _ACTIONS, _EPISODES, _SHUFFLES = 2, 5, 6  # streams of random numbers
 _AT_A_TIME = ("algo.micro_batch_size", "eval_batch")  # pictures held at once: settings of the machine
 _MOST_SKIPPED = 5  # updates in a row without a finite gradient
@@ -356,8 +356,8 @@ class Run:
             scaled = measure(self.setup, self.policy, self.reward, num_pictures, seed)
             self.policy.control_scale = 1.0
             measures |= {f"scale_{scale:g}/{name}": value for name, value in scaled.items()}
-        actor = self.setup.make_guided(self.policy, self.reward, _GRID_COLUMNS)
-        picture = picture_grid(actor, self.setup.eval_prompts[:_GRID_COLUMNS])
+        actor = self.setup.make_guided(self.policy, self.reward, GRID_COLUMNS)
+        picture = picture_grid(actor, self.setup.eval_prompts[:GRID_COLUMNS])
         path = log.picture(update, "grid", picture)
         said = [f"reward {measures['reward_mean']:.3f}"]
         said += [f"accuracy {measures['accuracy']:.2f}"] if "accuracy" in measures else []

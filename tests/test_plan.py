@@ -1,0 +1,97 @@
+"""What a run is said to take: its network calls are counted, so the answer is known without a clock."""
+
+import json
+
+import pytest
+
+from diffrl import config
+from diffrl import plan as planning
+from diffrl.build import Setup
+from diffrl.cli import main
+from diffrl.plan import plan
+from diffrl.run import train
+
+SIZES = ["env.num_steps=3", "algo.updates=3", "eval_every=2", "eval_pictures=4", "eval_batch=4"]
+LEARNED = ["reward.num_pictures=128", "reward.num_classes=2"]
+
+
+def stages(words):
+    return {stage.name: stage for stage in plan(config.load(words))}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["algo=ctrl", "algo.batch_size=4", "algo.micro_batch_size=2", *LEARNED],
+        ["algo=ddpo", "algo.batch_size=4", "algo.micro_batch_size=2", "reward=jpeg"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_it_counts_the_network_calls_that_training_makes(words, tiny_path, tmp_path):
+    words = [*words, *SIZES, f"env.model={tiny_path}", f"root={tmp_path}", "name=run"]
+    told = stages(words)
+    train(config.load(words))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert told["update"].calls == lines[-1]["spent/network_calls"]
+    assert told["update"].times == 3 * 2  # updates of two micro-batches
+    # before the first update and after the second; the last one of four times as many pictures:
+    # each picture by policy and reference, in batches of 4, and one batch more to be timed
+    assert told["evaluate"].calls == (2 * (2 + 1) + (4 * 2 + 1)) * 4 * 3
+    # three times, four columns, and a row more for each of two labels
+    assert told["draw the grids"].calls == 3 * 4 * 3 * (3 if "algo=ctrl" in words else 2)
+    assert all(stage.seconds > 0 for stage in told.values())
+    if "algo=ctrl" in words:
+        assert told["draw the offline data set"].calls == 128 * 3
+    else:
+        assert "fit the classifier" not in told
+
+
+def test_what_is_in_the_cache_is_not_drawn_again(tiny_path, tmp_path):
+    words = [*SIZES, *LEARNED, f"env.model={tiny_path}", f"root={tmp_path}"]
+    assert "fit the classifier" in stages(words)
+    setup = Setup(config.load(words))
+    setup.make_reward(setup.make_policy((2,)))
+    assert stages(words).keys() == {"load the model", "evaluate", "draw the grids", "update"}
+
+
+def test_a_black_box_s_batch_of_episodes_is_held_at_once(tiny_path):
+    words = ["algo=ddpo", "reward=jpeg", *SIZES, f"env.model={tiny_path}", "algo.micro_batch_size=2"]
+    words += ["algo.minibatches=1"]
+    one, many = (stages([*words, f"algo.batch_size={n}"])["update"].memory for n in (2, 200_000))
+    # 99,999 times two pictures of 3 x 16 x 16, and of each T + 1 = 4 latents of 4 x 8 x 8, all float32
+    least = 99_999 * 2 * 4 * (3 * 16 * 16 + 4 * 4 * 8 * 8)
+    assert least < many - one < 1.2 * least
+
+
+def test_a_large_model_on_a_cpu_is_asked_for_its_memory_alone(tiny_path, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "_LARGE", 0)
+    words = [*SIZES, f"env.model={tiny_path}", "algo.batch_size=16", "algo.truncation.low=2"]
+    told = stages([*words, "algo.micro_batch_size=16"])
+    assert told.keys() == {"load the model", "update"}
+    assert told["update"].seconds is None
+    assert told["update"].memory >= told["load the model"].memory
+    assert main(["plan", *words]) == 0
+    assert "not timed" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_here_is_planned_with_random_weights(monkeypatch):
+    asked = []
+
+    def setup(chosen):
+        asked.append(chosen.env.random_weights)
+        if not chosen.env.random_weights:
+            raise planning.DiffRLError("not in the cache")
+        raise KeyError
+
+    monkeypatch.setattr(planning, "Setup", setup)
+    with pytest.raises(KeyError):
+        plan(config.load(["env=sd15"]))
+    assert asked == [False, True]
+
+
+def test_the_table_has_the_whole_run_below(tiny_path, capsys):
+    words = ["algo=ddpo", "reward=jpeg", *SIZES, f"env.model={tiny_path}"]
+    assert main(["plan", *words, "algo.minibatches=1", "algo.batch_size=2", "algo.micro_batch_size=2"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    # evaluations and grids as above; three updates of two pictures, each drawn, and learnt from, in 3 steps
+    assert last.split()[:3] == ["whole", "run", f"{180 + 72 + 3 * 2 * 2 * 3:,}"]
