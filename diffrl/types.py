@@ -43,6 +43,11 @@ class Context:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def rows(self, index: Tensor) -> "Context":
+        """Return the context of some of the pictures, numbers `[M]`."""
+        prompts = [self.prompts[i] for i in index.tolist()]
+        return Context(prompts, self.prompt_embeds[index], self.label[index])
+
 
 @dataclass(frozen=True)
 class ActorStep:

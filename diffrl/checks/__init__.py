@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffrl.components import as_component
 from diffrl.errors import DiffRLError
-from diffrl.types import Context
 
 
 def raise_faults(name: str, faults: Iterable[str]) -> None:
@@ -36,12 +35,6 @@ def instance(group: str, own: Any) -> Any:
 def global_generators() -> bytes:
     """Return the state of the generators to be left alone: PyTorch's, NumPy's and Python's."""
     return pickle.dumps((torch.get_rng_state().tolist(), np.random.get_state(), random.getstate()))
-
-
-def chosen(context: Context, index: Tensor) -> Context:
-    """Return the context of some pictures, `index` `[M]`."""
-    prompts = [context.prompts[i] for i in index.tolist()]
-    return Context(prompts, context.prompt_embeds[index], context.label[index])
 
 
 def alike(one: Tensor, other: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from diffrl.checks import alike, chosen, global_generators, instance, raise_faults
+from diffrl.checks import alike, global_generators, instance, raise_faults
 from diffrl.envs.registration import make_from
 from diffrl.errors import DiffRLError
 
@@ -122,7 +122,7 @@ class _Episode:
         num_envs = env.num_envs
         order = torch.arange(num_envs) if order is None else order
         obs, _ = env.reset(seed=1)
-        context = chosen(env.context, order.to(env.context.label.device))
+        context = env.context.rows(order.to(env.context.label.device))
         options = {"latents": obs["latents"][order], "prompts": context.prompts, "label": context.label}
         first, _ = env.reset(seed=1, options=options)
         self.context = env.context

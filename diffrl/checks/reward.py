@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffrl.build import is_learned
-from diffrl.checks import alike, chosen, global_generators, instance, raise_faults
+from diffrl.checks import alike, global_generators, instance, raise_faults
 from diffrl.errors import DiffRLError
 from diffrl.rewards.scoring import score
 from diffrl.types import NO_LABEL, Context, Reward
@@ -109,7 +109,7 @@ def _context(reward: Reward, count: int, device: torch.device) -> Context:
 def _company(reward: Reward, images: Tensor, context: Context, scores: Tensor) -> Iterator[str]:
     """A picture's score is its own: the same alone, and at another place of the batch."""
     singles = [
-        score(reward, images[i : i + 1], chosen(context, torch.tensor([i]))) for i in range(len(images))
+        score(reward, images[i : i + 1], context.rows(torch.tensor([i]))) for i in range(len(images))
     ]
     alone = torch.cat(singles).detach()
     if not (same := alike(scores, alone)).all():
@@ -121,7 +121,7 @@ def _company(reward: Reward, images: Tensor, context: Context, scores: Tensor) -
         )
         return
     order = torch.arange(len(images)).roll(1)
-    moved = score(reward, images[order], chosen(context, order)).detach()
+    moved = score(reward, images[order], context.rows(order)).detach()
     if not (same := alike(scores[order], moved)).all():
         i = int(order[(~same).nonzero()[0, 0]])
         yield (
