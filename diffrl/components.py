@@ -4,12 +4,14 @@
     reward=brightness      an entry point `diffrl.rewards` of an installed package
     env=my_env.py:MyEnv    a name in a file
     reward=[jpeg,my.py:f]  several rewards, as one
+    reward=surrogate[vlm]  one that learns another, and has a gradient
 
 Each becomes a dataclass whose fields are its settings.
 """
 
 import hashlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
@@ -44,6 +46,7 @@ from diffrl.rewards.compressibility import Compressibility
 from diffrl.rewards.custom import of_function
 from diffrl.rewards.jpeg import Jpeg, JpegIncompressible
 from diffrl.rewards.multitask import Multitask
+from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.rewards.vlm import VLM
 
 GROUPS: dict[str, dict[str, type]] = {
@@ -120,15 +123,18 @@ _KINDS = {
 }
 
 
+_FILE = re.compile(r"([^\[\],]+\.py):")
+_SURROGATE = re.compile(r"surrogate\[(.+)\]")
+
+
 def register(group: str, word: str) -> str:
     """Return the name under which `GROUPS` has what `word` asks for, which is loaded if it is not ours.
 
     Raises:
         DiffRLError: see `component`. A name that nobody knows is returned as it is.
     """
-    ours = group not in _KINDS or word in GROUPS[group]
-    made = _is_file(word) or _is_list(word)
-    if ours or not (made or word in installed(group)):
+    made = _is_made(word)
+    if group not in _KINDS or word in GROUPS[group] or not (made or word in installed(group)):
         return word
     name = CUSTOM if made else word
     GROUPS[group][name] = component(group, word)
@@ -137,17 +143,12 @@ def register(group: str, word: str) -> str:
 
 def word_of(name: str, settings: dict[str, Any]) -> str:
     """Return the word that chose a component, from its name and settings as a run stored them."""
-    if name != CUSTOM:
-        return name
-    if "defined_in" in settings:
-        return settings["defined_in"]
-    return f"[{','.join(part.get('defined_in', name) for name, part in settings['parts'].items())}]"
+    return settings["chosen_by"] if name == CUSTOM else name
 
 
-def content(source: str) -> str:
-    """Return what `FILE.py:NAME` says, wherever the file lies: a hash of its content, and the name."""
-    file, _, name = source.rpartition(":")
-    return f"{hashlib.sha256(Path(file).read_bytes()).hexdigest()}:{name}"
+def content(word: str) -> str:
+    """Return the word with a hash of each file's content in its place: what it says, wherever it lies."""
+    return _FILE.sub(lambda found: f"{hashlib.sha256(Path(found[1]).read_bytes()).hexdigest()}:", word)
 
 
 def installed(group: str) -> dict[str, EntryPoint]:
@@ -162,9 +163,11 @@ def component(group: str, word: str) -> type:
     Raises:
         DiffRLError: no such file or name, a file or package that fails, something of another kind.
     """
-    if _is_list(word):
+    if word.startswith("["):
         return _composed(group, word)
-    if _is_file(word):
+    if found := _SURROGATE.fullmatch(word):
+        return _surrogate(group, found[1])
+    if _is_made(word):
         return _from_file(group, word)
     if word in GROUPS[group]:
         return GROUPS[group][word]
@@ -182,12 +185,9 @@ def component(group: str, word: str) -> type:
     return as_component(group, word, own, line=f"{point.attr} of {package}.")
 
 
-def _is_file(word: str) -> bool:
-    return ".py:" in word
-
-
-def _is_list(word: str) -> bool:
-    return word.startswith("[")
+def _is_made(word: str) -> bool:
+    """Return whether the class is made for the word: of a file, of several, of another."""
+    return ".py:" in word or word.startswith("[") or _SURROGATE.fullmatch(word) is not None
 
 
 def _composed(group: str, word: str) -> type:
@@ -202,15 +202,28 @@ def _composed(group: str, word: str) -> type:
             raise DiffRLError(
                 f"reward={word}: {name} is fitted to a label, and stands alone; leave it out."
             )
+        if issubclass(kind, OnlineSurrogateReward):
+            raise DiffRLError(f"reward={word}: a surrogate is of the whole; write surrogate[[one,other]].")
         parts[name] = kind
-    # a class as default: the settings of a part may be incomplete until the command line has been read
-    fields = [(name, kind, field(default=kind)) for name, kind in parts.items()]
-    schema = make_dataclass("Parts", fields)
-    from_anywhere = ",".join(getattr(kind, "defined_in", name) for name, kind in parts.items())
-    namespace = {"__reduce__": _by_word(group, f"[{from_anywhere}]"), "__doc__": Composed.__doc__}
-    return make_dataclass(
-        "Composed", [("parts", schema, field(default=schema))], bases=(Composed,), namespace=namespace
-    )
+    own = [(name, kind, field(default=kind)) for name, kind in parts.items()]
+    schema = make_dataclass("Parts", own)
+    word = f"[{','.join(getattr(kind, 'chosen_by', name) for name, kind in parts.items())}]"
+    return _around(Composed, "parts", schema, word)
+
+
+def _surrogate(group: str, word: str) -> type:
+    true = component(group, word)
+    if group != "reward" or getattr(true, "learned", False):
+        raise DiffRLError(f"{group}=surrogate[{word}]: only of a reward, and none that is itself fitted.")
+    return _around(OnlineSurrogateReward, "of", true, f"surrogate[{getattr(true, 'chosen_by', word)}]")
+
+
+def _around(kind: type, name: str, inner: type, word: str) -> type:
+    """Return `kind` with the settings of `inner` as those of its field `name`; `word` chooses it."""
+    # a class as default: these settings may be incomplete until the command line has been read
+    own: list[tuple[str, type, Any]] = [(name, inner, field(default=inner)), ("chosen_by", str, word)]
+    namespace = {"__reduce__": _by_word("reward", word), "__doc__": kind.__doc__}
+    return make_dataclass(kind.__name__, own, bases=(kind,), namespace=namespace)
 
 
 def _from_file(group: str, word: str) -> type:
@@ -232,7 +245,7 @@ def _from_file(group: str, word: str) -> type:
     if name not in known:
         raise unknown(f"{group}={file}", name, known)
     source = f"{path}:{name}"
-    own, more = getattr(module, name), [("defined_in", str, source)]
+    own, more = getattr(module, name), [("chosen_by", str, source)]
     return as_component(group, source, own, line=f"{name} of {path.name}.", more=more)
 
 

@@ -215,7 +215,7 @@ def _with_content(tree: dict[str, Any]) -> dict[str, Any]:
         name: _with_content(value)
         if isinstance(value, dict)
         else content(value)
-        if name == "defined_in"
+        if name == "chosen_by"
         else value
         for name, value in tree.items()
     }

@@ -101,6 +101,23 @@ class ColourFeatures(nn.Module):
         return torch.cat([mean, (variance + 1).sqrt(), *lengths], 1)
 
 
+class MixedFeatures(nn.Module):
+    """What most rewards look at: `[N, 3, H, W]` to `[N, 438]`.
+
+    Textures (`BlockDCTFeatures`), colours (`ColourFeatures`), and the whole picture at 4 x 4.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([BlockDCTFeatures(), ColourFeatures()])
+        self.size = BlockDCTFeatures.size + ColourFeatures.size + 3 * 4 * 4
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features of `images`, `[N, 438]`."""
+        coarse = F.adaptive_avg_pool2d(images, 4).flatten(1)
+        return torch.cat([*(part(images) for part in self.parts), coarse], 1)
+
+
 class ClipFeatures(nn.Module):
     """CLIP's embedding, of length 1: `[N, 3, H, W]` to `[N, E]`. Its weights stay outside of this module.
 
@@ -155,6 +172,7 @@ class ResidualFeatures(nn.Module):
 FEATURES: dict[str, type[Any]] = {
     "dct": BlockDCTFeatures,
     "colour": ColourFeatures,
+    "mixed": MixedFeatures,
     "cnn": ConvFeatures,
     "clip": ClipFeatures,
     "residual": ResidualFeatures,
@@ -166,8 +184,8 @@ class Classifier(nn.Module):
 
     Args:
         num_classes: K.
-        features: "dct" (for anything about compression), "colour", "clip", "cnn" (for anything else), or
-            "residual" (a published one).
+        features: "dct" (for anything about compression), "colour", "mixed" (both, and the coarse picture),
+            "clip", "cnn" (for anything else), or "residual" (a published one).
         hidden: width of the head's one hidden layer; None: it is linear.
         spare: logits of classes that no picture has, as CTRL's authors' heads have one. They count in the
             softmax and are not returned.

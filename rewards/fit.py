@@ -4,7 +4,7 @@ Shapes: M pictures `[M, 3, S, S]` that can be read, F features, K classes.
 Source: CTRL, arXiv:2406.12120, algorithm 1 and appendix; temperature scaling, arXiv:1706.04599.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,17 +141,13 @@ def _fit(
             for part in rows.split(size):
                 yield part, classifier.logits(seen.features[part])
 
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    num_batches = max(len(train) // BATCH, 1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * num_batches)
-    for _ in range(EPOCHS):
-        shuffled = train[torch.randperm(len(train), generator=generator)][: num_batches * BATCH]
-        for part, predicted in logits(shuffled, BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(predicted, label[part]).backward()
-            optimizer.step()
-            schedule.step()
-    classifier.eval().requires_grad_(False)
+    descend(
+        classifier,
+        train,
+        logits,
+        lambda predicted, part: F.cross_entropy(predicted, label[part]),
+        generator,
+    )
     rows, parts = zip(*logits(held_out, 2 * BATCH), strict=True)
     held_logits, truth = torch.cat(parts), label[torch.cat(rows)]
     classifier.temperature.fill_(calibrate(held_logits, truth))
@@ -167,6 +163,35 @@ def _fit(
         class_counts=tuple(label.bincount(minlength=classifier.num_classes).tolist()),
     )
     return report, log_prob
+
+
+def descend(
+    network: Classifier,
+    rows: Tensor,
+    predict: Callable[[Tensor, int], Iterator[tuple[Tensor, Tensor]]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    generator: torch.Generator,
+) -> None:
+    """Train `network` on `rows` of the data, and freeze it.
+
+    Args:
+        network: is trained in place.
+        rows: numbers of what is learnt from, `[M]`.
+        predict: yields of some rows so many at a time, and what the network says of them.
+        loss: of what it says and the rows that it is about.
+        generator: of the order.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    num_batches = max(len(rows) // BATCH, 1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * num_batches)
+    for _ in range(EPOCHS):
+        shuffled = rows[torch.randperm(len(rows), generator=generator)][: num_batches * BATCH]
+        for part, predicted in predict(shuffled, BATCH):
+            optimizer.zero_grad()
+            loss(predicted, part).backward()
+            optimizer.step()
+            schedule.step()
+    network.eval().requires_grad_(False)
 
 
 def check_ceiling(ceiling: float, num_classes: int) -> None:

@@ -18,7 +18,7 @@ from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES
 from diffrl.types import NO_LABEL, Context
 
-FITTED = ("dct", "colour", "cnn")  # features that stand on nothing else
+FITTED = ("dct", "colour", "mixed", "cnn")  # features that stand on nothing else
 
 
 def pictures(count=120, seed=0):

@@ -1,0 +1,119 @@
+"""A surrogate learns another reward from its scores, and then has its gradient."""
+
+import pytest
+import torch
+from conftest import assert_close
+from test_cli import fails
+
+import diffrl
+from diffrl import config
+from diffrl.rewards.surrogate import OnlineSurrogateReward
+from diffrl.types import Context
+
+
+def context(count):
+    return Context(["x"] * count, torch.zeros(count, 1, 1), torch.zeros(count, 0, dtype=torch.int64))
+
+
+def pictures(count, seed):
+    """Noise of any strength on any ground."""
+    generator = torch.Generator().manual_seed(seed)
+    ground = torch.rand(count, 3, 1, 1, generator=generator)
+    strength = 0.3 * torch.rand(count, 1, 1, 1, generator=generator)
+    return (ground + strength * torch.randn(count, 3, 32, 32, generator=generator)).clamp(0, 1)
+
+
+class Brightness:
+    """A black box that counts what it is asked."""
+
+    differentiable, num_classes = False, ()
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, images, context):
+        self.asked += images.mean((1, 2, 3)).tolist()
+        return images.detach().mean((1, 2, 3))
+
+
+def round_of(count, seed):
+    return [(pictures(count, seed), context(count))]
+
+
+def test_its_error_falls_with_queries_and_its_gradient_points_where_the_true_one_does():
+    surrogate, test = OnlineSurrogateReward(of=Brightness()), pictures(32, 9).requires_grad_()
+    truth, errors, cosines = test.detach().mean((1, 2, 3)), [], []
+    for number, count in enumerate((32, 96, 384)):
+        told = surrogate.observe(round_of(count, number))
+        value = surrogate(test, context(32))
+        (gradient,) = torch.autograd.grad(value.sum(), test)
+        errors.append(float((value.detach() - truth).square().mean().sqrt()))
+        # the true gradient is the same number at every pixel
+        flat = gradient.flatten(1)
+        cosines.append(flat.mean(1) * flat.shape[1] ** 0.5 / flat.norm(dim=1))
+    assert errors[0] > 1.5 * errors[1] > 3 * errors[2]
+    assert errors[2] < 0.1 * float(truth.std())
+    assert cosines[0].mean() < cosines[1].mean() < cosines[2].mean()
+    assert cosines[2].min() > 0.25  # of 3,072 dimensions: chance is .02
+    assert told["reward/queries"] == 512
+    assert told["reward/surrogate_error"] < errors[0]
+
+
+def test_before_it_has_asked_it_is_nothing_and_so_is_its_gradient():
+    images = pictures(3, 0).requires_grad_()
+    value = OnlineSurrogateReward(of=Brightness())(images, context(3))
+    (gradient,) = torch.autograd.grad(value.sum(), images)
+    assert value.tolist() == [0.0] * 3
+    assert not gradient.any()
+
+
+def test_it_asks_about_the_pictures_drawn_in_their_order_until_the_budget_is_spent():
+    true = Brightness()
+    surrogate = OnlineSurrogateReward(of=true, queries=7)
+    first, second = pictures(4, 0), pictures(6, 1)
+    assert surrogate.observe([(first[:2], context(2)), (first[2:], context(2))]) == {"reward/queries": 4.0}
+    assert surrogate.observe([(second[:2], context(2)), (second[2:], context(4))])["reward/queries"] == 7
+    assert surrogate.observe(round_of(3, 2)) == {"reward/queries": 7.0}
+    assert_close(true.asked, torch.cat([first, second[:3]]).mean((1, 2, 3)), atol=0)
+
+
+def test_the_fit_follows_from_the_queries_and_not_from_the_rounds_or_who_was_resumed():
+    whole, parts, resumed = (OnlineSurrogateReward(of=Brightness()) for _ in range(3))
+    images, test = pictures(40, 0), pictures(5, 1)
+    whole.observe([(images, context(40))])
+    for part in images.split(10):
+        parts.observe([(part, context(10))])
+    resumed.load_state_dict(parts.state_dict())
+    for other in (parts, resumed):
+        assert torch.equal(other(test, context(5)), whole(test, context(5)))
+
+
+def test_when_it_has_learnt_it_has_none_of_the_faults_that_a_check_finds():
+    surrogate = OnlineSurrogateReward(of=Brightness())
+    surrogate.observe(round_of(64, 0))
+    diffrl.check_reward(surrogate)
+
+
+def test_settings_of_the_true_reward_are_reached_and_come_back(tmp_path):
+    words = ["reward=surrogate[[jpeg,jpeg_incompressible]]", "reward.of.weights=[1,3]", "reward.queries=9"]
+    chosen = config.load(words)
+    config.write(chosen, tmp_path / "config.yaml")
+    again = config.read(tmp_path / "config.yaml").reward
+    assert (again.queries, again.of.weights) == (9, [1.0, 3.0])
+    assert again.differentiable
+    assert not again.of.differentiable
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("reward=surrogate[jpge]", "reward=jpge: no such reward. Did you mean 'jpeg'?"),
+        ("reward=surrogate[softmax]", "a surrogate sees no label"),
+        ("reward=surrogate[compressibility]", "none that is itself fitted"),
+        ("reward=[jpeg,surrogate[jpeg]]", "write surrogate[[one,other]]"),
+        ("reward=surrogate[jpeg] reward.queries=0", "reward.queries=0: must be 1 or more"),
+        ("reward=surrogate[jpeg] reward.query=9", "Did you mean 'reward.queries'?"),
+    ],
+)
+def test_mistakes_are_named(capsys, word, expected):
+    assert expected in fails(capsys, "train", *word.split())
