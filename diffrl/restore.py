@@ -15,6 +15,7 @@ from diffrl.evaluate_mixture import MixtureEvaluation
 from diffrl.policy import Policy
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.types import EVALUATION_SEED, Reward
 
 CONFIG_FILE = "config.yaml"
@@ -27,6 +28,8 @@ def measure(
     """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
     if isinstance(reward, ClosedForm):
         return MixtureEvaluation(setup, policy, reward).measure(seed)
+    if isinstance(reward, OnlineSurrogateReward) and not setup.config.guidance.needs_gradient:
+        reward = reward.of  # a surrogate is judged by what it stands for
     actor = setup.make_guided(policy, reward, num_pictures)
     gamma = setup.target_gamma
     model = getattr(setup.config.env, "model", None)  # an env of somebody's may have none

@@ -40,8 +40,9 @@ from diffrl.restore import (
 )
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.stop import StopSignals
-from diffrl.types import EVALUATION_SEED, Reward, Trajectory
+from diffrl.types import EVALUATION_SEED, Context, Reward, Trajectory
 
 _CHECKPOINTS = "checkpoints"
 GRID_COLUMNS = 8
@@ -167,6 +168,7 @@ class Run:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = policy.lora_parameters() + policy.embedding_parameters()
         self.average = WeightAverage(self.parameters)
+        self.surrogate = reward if isinstance(reward, OnlineSurrogateReward) else None
         self.mixture = MixtureEvaluation(setup, policy, reward) if isinstance(reward, ClosedForm) else None
         self.guards = Guards(self.config.keep_best, self.config.patience, algo.restraint)
         self.update = 0  # so many are taken
@@ -212,8 +214,11 @@ class Run:
         torch.manual_seed(self.setup.seed(_SHUFFLES, self.update))  # the same in every process
         begin, calls = time.perf_counter(), self.policy.num_calls
         hits: list[Tensor] = []
+        drawn: list[tuple[Tensor, Context]] = []
         with memory.told(_AT_A_TIME[0], algo.micro_batch_size, self.folder, of=algo.batch_size):
-            metrics = algo.update(self._collect(hits), self.policy, self.optimizer)
+            metrics = algo.update(self._collect(hits, drawn), self.policy, self.optimizer)
+        if self.surrogate is not None:
+            metrics |= self.surrogate.observe(drawn)
         if hits:
             metrics["rollout/accuracy"] = float(processes.joined(torch.cat(hits)).float().mean())
         calls = int(processes.summed({"": self.policy.num_calls - calls})[""])
@@ -236,8 +241,11 @@ class Run:
             "train/learning_rate": self.rates[0] * rate,
         }
 
-    def _collect(self, hits: list[Tensor]) -> Iterator[Trajectory]:
-        """Yield our micro-batches of an update one by one, noting which pictures hit their class."""
+    def _collect(self, hits: list[Tensor], drawn: list[tuple[Tensor, Context]]) -> Iterator[Trajectory]:
+        """Yield our micro-batches of an update one by one.
+
+        Noted are which pictures hit their class, and those to ask the reward that a surrogate stands for.
+        """
         for number in self.micro_batches:
             self.env.reset(seed=self.setup.seed(_EPISODES, self.update, number))
             generator = self.setup.generator(_ACTIONS, self.update, number)
@@ -245,6 +253,8 @@ class Run:
             if isinstance(self.reward, LogLikelihood):
                 label = trajectory.context.label.cpu()
                 hits.append((self.reward.true_class(trajectory.images) == label).all(1))
+            if self.surrogate is not None:
+                drawn.append((trajectory.images, trajectory.context))
             yield trajectory
 
     def save(self, parent: Path) -> None:
@@ -255,6 +265,8 @@ class Run:
         tensors |= {f"average.{n}": mean for n, mean in enumerate(self.average.means)}
         for number, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+        if self.surrogate is not None:
+            tensors |= {f"reward.{name}": value for name, value in self.surrogate.state_dict().items()}
         state = {
             "update": self.update,
             "done": self.done,
@@ -307,6 +319,9 @@ class Run:
                     f"{folder}: trained tensor {number} has shape {list(found)}, the policy's {list(own)}; "
                     f"it has {len(self.parameters)} in all. Was {CONFIG_FILE} changed by hand?"
                 )
+        if self.surrogate is not None:
+            known = self.surrogate.state_dict()
+            self.surrogate.load_state_dict({name: tensors.pop(f"reward.{name}") for name in known})
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, tensor in tensors.items():

@@ -27,7 +27,7 @@ def commands() -> list[str]:
 
 
 def test_each_has_a_command_or_is_one():
-    assert len(commands()) == 6
+    assert len(commands()) == 7
     listed = re.findall(r"^\| \[`(.*?)`\]", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.M)
     assert {*listed, "README.md"} == {path.name for path in EXAMPLES.iterdir() if path.is_file()}
 

@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
             table.add_row(f"{group}={name}", escape(line))
     table.add_row("reward=FILE.py:NAME", "A function (images, context) -> [N] of yours, or a class.")
     table.add_row("reward=\\[NAME,...]", "Several rewards, weighed by reward.weights=[1,...].")
+    table.add_row("reward=surrogate\\[NAME]", "A differentiable stand-in that learns another reward.")
     table.add_row("algo=FILE.py:NAME", "An algorithm of yours, a class.")
     table.add_row("env=FILE.py:NAME", "The settings of an env of yours, a class.")
     for name, line in config.experiments().items():

@@ -1,5 +1,8 @@
 """A surrogate learns another reward from its scores, and then has its gradient."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import assert_close
@@ -7,6 +10,8 @@ from test_cli import fails
 
 import diffrl
 from diffrl import config
+from diffrl.benchmarks.soak import bits, numbers
+from diffrl.cli import main
 from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.types import Context
 
@@ -92,6 +97,33 @@ def test_when_it_has_learnt_it_has_none_of_the_faults_that_a_check_finds():
     surrogate = OnlineSurrogateReward(of=Brightness())
     surrogate.observe(round_of(64, 0))
     diffrl.check_reward(surrogate)
+
+
+@pytest.fixture
+def words(tiny_path, tmp_path):
+    words = [f"env.model={tiny_path}", "env.num_steps=2", "env.guidance_scale=1", "algo.updates=3"]
+    words += ["algo.batch_size=4", "algo.micro_batch_size=2", "eval_pictures=2", f"root={tmp_path}"]
+    return [*words, "checkpoint_every=1", "keep_last=9", "algo=reward_backprop", "reward.queries=6"]
+
+
+def test_a_run_with_it_counts_its_queries_is_judged_by_the_true_reward_and_resumes_exactly(
+    words, tmp_path, capsys
+):
+    assert main(["train", *words, "reward=surrogate[jpeg]", "name=run"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["reward/queries"] for line in lines if "reward/queries" in line] == [4, 6, 6]
+    # a surrogate of nothing learnt would say 0; no JPEG file is smaller than its header, 300 bytes
+    assert all(line["eval/reward_mean"] < -0.3 for line in lines if "eval/reward_mean" in line)
+    shutil.copytree(tmp_path / "run", tmp_path / "stopped")
+    for step in (2, 3):
+        (found,) = (tmp_path / "stopped" / "checkpoints").glob(f"step-*{step}")
+        shutil.rmtree(found)
+    assert main(["train", "--resume", str(tmp_path / "stopped")]) == 0
+    assert bits(tmp_path / "stopped") == bits(tmp_path / "run")
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--json", "-n", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reward_mean"] < -0.3
 
 
 def test_settings_of_the_true_reward_are_reached_and_come_back(tmp_path):
