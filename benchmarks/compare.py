@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 
-from diffrl import __version__, config, run
+from diffrl import __version__, config, train
 from diffrl.benchmarks.suites import Cell, Suite
 from diffrl.benchmarks.summary import first_of, summarise
 from diffrl.build import check
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
-from diffrl.restore import CONFIG_FILE
 
 _CELL_FILE = "cell.json"
 Record = dict[str, Any]
@@ -181,7 +180,7 @@ def _run_all(
                 console.print(f"[bold]some are of other {what}[/]: {said}")
     lock = threading.Lock()
     context = multiprocessing.get_context("forkserver")  # a server imports once, each cell is its fork
-    context.set_forkserver_preload(["diffrl.run"])
+    context.set_forkserver_preload(["diffrl.train"])
     threads = threads or max(torch.get_num_threads() // jobs, 1)  # of the cores that we may use
     origin = now | {"jobs": jobs, "threads": threads}
     with ThreadPoolExecutor(jobs) as pool, progress("cells", len(todo)) as bar:
@@ -234,7 +233,7 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
     torch.set_num_threads(origin["threads"])
     _drop_other(folder / cell.name, settings)
     begin = time.perf_counter()
-    trained = run.train(settings)
+    trained = train.train(settings)
     record = asdict(cell) | {
         "command": shlex.join(["diffrl", "train", *cell.words]),
         "minutes": (time.perf_counter() - begin) / 60,
@@ -249,10 +248,10 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
 def _drop_other(folder: Path, settings: config.Config) -> None:
     """Delete a run that was stopped on its way, unless it has these settings and can be resumed."""
     try:
-        stored = config.facts(config.read(folder / CONFIG_FILE))
+        resumable = train.is_of(folder, settings)
     except DiffRLError:  # there is none, or it is of another version
-        stored = {}
-    if not config.same(stored, settings):
+        resumable = False
+    if not resumable:
         shutil.rmtree(folder, ignore_errors=True)
 
 

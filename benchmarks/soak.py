@@ -21,7 +21,7 @@ from diffrl import checkpoint, config
 from diffrl.benchmarks.compare import provenance
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
-from diffrl.run import train
+from diffrl.train import train
 from diffrl.weights import CONTROL_FILE, LORA_FILE
 
 RUN = [
@@ -45,7 +45,7 @@ def soak(kills: int, words: list[str], root: Path, seed: int) -> dict[str, Any]:
     """
     moments = random.Random(seed)
     context = multiprocessing.get_context("forkserver")  # it imports once, each run is its fork
-    context.set_forkserver_preload(["diffrl.run"])
+    context.set_forkserver_preload(["diffrl.train"])
 
     def start(name: str) -> Any:
         process = context.Process(target=_train, args=([*words, f"root={root}", f"name={name}"],))

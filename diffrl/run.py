@@ -1,15 +1,10 @@
-"""The only training loop, and the folder it writes.
-
-`runs/<name>/`: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `pictures/`, `classifier.safetensors`,
-`checkpoints/`, and of the last evaluation `pytorch_lora_weights.safetensors` and `control.safetensors`.
+"""The only training loop.
 
 A run that is stopped anywhere and resumed writes the same numbers as one that never was, to the bit: what
 is drawn in an update comes from the seed and the update's number alone, and a checkpoint holds the rest.
 """
 
-import shutil
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,124 +16,30 @@ from diffrl import __version__, checkpoint, memory, processes, weights
 from diffrl import config as settings
 from diffrl.algorithms.averaging import WeightAverage
 from diffrl.build import Setup
-from diffrl.config import Config
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import picture_grid
 from diffrl.evaluate_mixture import MixtureEvaluation
 from diffrl.guards import Guards
 from diffrl.log import RunLog, console, progress
 from diffrl.policy import Policy
-from diffrl.restore import (
-    CLASSIFIER_FILE,
-    CONFIG_FILE,
-    describe,
-    fit_metrics,
-    measure,
-    pretrained,
-    settings_of,
-    untrained,
-)
+from diffrl.restore import CONFIG_FILE, measure
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.stop import StopSignals
 from diffrl.types import EVALUATION_SEED, Context, Reward, Trajectory
 
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
+"""The name of their folder in a run's."""
+
 GRID_COLUMNS = 8
+"""Pictures in a row of the grid that an evaluation draws."""
+
+AT_A_TIME = ("algo.micro_batch_size", "eval_batch")
+"""How many pictures are held at once: settings of the machine, which may change on the way."""
+
 _ACTIONS, _EPISODES, _SHUFFLES = 2, 5, 6  # streams of random numbers
-_AT_A_TIME = ("algo.micro_batch_size", "eval_batch")  # pictures held at once: settings of the machine
 _MOST_SKIPPED = 5  # updates in a row without a finite gradient
-
-
-def train(config: Config) -> Path:
-    """Fit the reward if it is a learned one, train the policy, and return the run's folder.
-
-    With `resume=auto` a run of these settings that is there already goes on from its last checkpoint.
-
-    Raises:
-        DiffRLError: a run of that name is there and shall not, or cannot, be resumed.
-        KeyboardInterrupt: SIGINT came; the state so far is in a checkpoint.
-    """
-    begin = time.perf_counter()
-    folder = _folder(config)
-    if folder.exists():
-        if not settings.same(settings.facts(settings_of(folder)), config):
-            raise DiffRLError(
-                f"{folder}: a run of other settings, so resume=auto cannot go on with it. Give another "
-                f"name=..., or 'diffrl train --resume {folder}' for it as it is."
-            )
-        return _resume(folder, config, begin)
-    setup, policy, reward = pretrained(config)
-    run = Run(setup, policy, reward, folder)
-    processes.wait()  # until all have seen that it is not there
-    if processes.is_first():
-        # under another name until it has a checkpoint: a run that is there can be resumed
-        for left in folder.parent.glob(f".{folder.name}.draft-*"):  # of one that was killed right here
-            shutil.rmtree(left, ignore_errors=True)
-        draft = folder.with_name(f".{folder.name}.draft-{uuid.uuid4().hex}")
-        draft.mkdir(parents=True)
-        settings.write(config, draft / CONFIG_FILE)
-        if isinstance(reward, LogLikelihood):
-            reward.save(draft / CLASSIFIER_FILE)
-            console.print(describe(reward))
-        run.save(draft / _CHECKPOINTS)
-        draft.rename(folder)
-    processes.wait()
-    return _finish(run, begin)
-
-
-def resume(folder: Path, overrides: Sequence[str] = ()) -> Path:
-    """Go on with a run from its last checkpoint that is whole, and return its folder.
-
-    Args:
-        folder: of the run.
-        overrides: `key=value` words of how many pictures are held at a time, the run's from here on: for a
-            machine with less memory. They change what is drawn, not the law it is drawn from.
-
-    Raises:
-        DiffRLError: no such run, none of its checkpoints is whole, or another setting among the words.
-    """
-    for word in overrides:
-        if word.partition("=")[0] not in _AT_A_TIME:
-            raise DiffRLError(
-                f"{word}: the settings of {folder} are its own; all that may change is "
-                f"{' and '.join(_AT_A_TIME)}."
-            )
-    config = settings_of(folder, overrides)
-    config.root, config.name = str(folder.parent), folder.name  # it may have moved
-    return _resume(folder, config, time.perf_counter())
-
-
-def _resume(folder: Path, config: Config, begin: float) -> Path:
-    run = Run(*untrained(folder, config), folder)
-    run.load(folder / _CHECKPOINTS)
-    if run.done:
-        console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
-        return folder
-    if processes.is_first():
-        settings.write(config, folder / CONFIG_FILE)  # as it goes on
-    console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
-    return _finish(run, begin)
-
-
-def _finish(run: "Run", begin: float) -> Path:
-    with StopSignals() as stop, RunLog(run.folder, run.log_size, run.update) as log:
-        if not run.log_size:
-            log.write(0, {"time/setup_seconds": time.perf_counter() - begin} | fit_metrics(run.reward))
-        try:
-            run.loop(log, stop)
-        finally:  # a reward that breaks down must not cost what was learnt before it
-            if processes.is_first() and run.guards.best is None:
-                weights.save(run.policy, run.folder)
-    minutes = (time.perf_counter() - begin) / 60
-    if run.done:
-        done = f"done in {minutes:.1f} minutes. Next: diffrl eval {run.folder}"
-    else:
-        done = f"stopped after update {run.update}. Go on with: diffrl train --resume {run.folder}"
-    console.print(f"[bold]{run.folder}[/]: {run.guards.said()}{done}")
-    stop.reraise()
-    return run.folder
 
 
 class Run:
@@ -198,13 +99,13 @@ class Run:
                 stopped = any(processes.gathered([stop.asked]))
                 if stopped or self.update % every == 0 or self.guards.best_update == self.update:
                     self.log_size = log.size()
-                    self.save(self.folder / _CHECKPOINTS)
+                    self.save(self.folder / CHECKPOINTS)
                 if stopped:
                     return
         self.average.apply()
         self._evaluate(log, last=True)
         self.log_size, self.done = log.size(), True
-        self.save(self.folder / _CHECKPOINTS)
+        self.save(self.folder / CHECKPOINTS)
 
     def train_once(self) -> dict[str, float]:
         """Take the next update and return its metrics."""
@@ -215,7 +116,7 @@ class Run:
         begin, calls = time.perf_counter(), self.policy.num_calls
         hits: list[Tensor] = []
         drawn: list[tuple[Tensor, Context]] = []
-        with memory.told(_AT_A_TIME[0], algo.micro_batch_size, self.folder, of=algo.batch_size):
+        with memory.told(AT_A_TIME[0], algo.micro_batch_size, self.folder, of=algo.batch_size):
             metrics = algo.update(self._collect(hits, drawn), self.policy, self.optimizer)
         if self.surrogate is not None:
             metrics |= self.surrogate.observe(drawn)
@@ -347,7 +248,7 @@ class Run:
 
     def _evaluate(self, log: RunLog, *, last: bool = False) -> None:
         if processes.is_first():
-            with memory.told(_AT_A_TIME[1], self.config.eval_batch, self.folder):
+            with memory.told(AT_A_TIME[1], self.config.eval_batch, self.folder):
                 measures = self._measure(log, last=last)
             warning, new = self.guards.judge(self.update, measures)
             if new:
@@ -385,14 +286,3 @@ def _note(metrics: dict[str, float]) -> str:
     shown = {"reward_mean": "reward", "kl": "KL", "objective": "J", "accuracy": "accuracy"}
     known = {word: metrics.get(f"rollout/{name}") for name, word in shown.items()}
     return "  ".join(f"{word} {value:.2f}" for word, value in known.items() if value is not None)
-
-
-def _folder(config: Config) -> Path:
-    parts = [settings.chosen(config, group) for group in ("algo", "env", "reward")]
-    folder = Path(config.root) / (config.name or "-".join([*parts, f"seed{config.seed}"]))
-    if folder.exists() and config.resume != "auto":
-        raise DiffRLError(
-            f"{folder}: the run directory exists. Go on with it by resume=auto, give another with "
-            "name=..., or delete it."
-        )
-    return folder

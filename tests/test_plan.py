@@ -9,7 +9,7 @@ from diffrl import plan as planning
 from diffrl.build import Setup
 from diffrl.cli import main
 from diffrl.plan import plan
-from diffrl.run import train
+from diffrl.train import train
 
 SIZES = ["env.num_steps=3", "algo.updates=3", "eval_every=2", "eval_pictures=4", "eval_batch=4"]
 LEARNED = ["reward.num_pictures=128", "reward.num_classes=2"]

@@ -16,7 +16,8 @@ from diffrl.cli import main
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.restore import settings_of
-from diffrl.run import Run, resume
+from diffrl.run import Run
+from diffrl.train import resume
 
 UPDATES = 4
 SMALL = [

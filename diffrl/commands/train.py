@@ -25,13 +25,13 @@ def run(options: argparse.Namespace) -> None:
 
         help.show(options.words)
         return
-    from diffrl import config, run
+    from diffrl import config, train
 
     if options.resume is not None:
         if options.multirun:
             raise DiffRLError(f"--resume {options.resume} -m: it is one run, not several.")
-        run.resume(options.resume, options.words)
+        train.resume(options.resume, options.words)
     elif options.multirun:
-        config.sweep(options.words, run.train)
+        config.sweep(options.words, train.train)
     else:
-        run.train(config.load(options.words))
+        train.train(config.load(options.words))

@@ -1,0 +1,140 @@
+"""From settings to a finished run: begun, stopped, gone on with; and the folder it is in.
+
+`runs/<name>/`: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `pictures/`, `classifier.safetensors`,
+`checkpoints/`, and of the last evaluation, or the best, `pytorch_lora_weights.safetensors` and
+`control.safetensors`.
+"""
+
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffrl import config as settings
+from diffrl import processes, weights
+from diffrl.config import Config
+from diffrl.errors import DiffRLError
+from diffrl.log import RunLog, console
+from diffrl.restore import (
+    CLASSIFIER_FILE,
+    CONFIG_FILE,
+    describe,
+    fit_metrics,
+    pretrained,
+    settings_of,
+    untrained,
+)
+from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.run import AT_A_TIME, CHECKPOINTS, Run
+from diffrl.stop import StopSignals
+
+
+def train(config: Config) -> Path:
+    """Fit the reward if it is a learned one, train the policy, and return the run's folder.
+
+    With `resume=auto` a run of these settings that is there already goes on from its last checkpoint.
+
+    Raises:
+        DiffRLError: a run of that name is there and shall not, or cannot, be resumed.
+        KeyboardInterrupt: SIGINT came; the state so far is in a checkpoint.
+    """
+    begin = time.perf_counter()
+    folder = _folder(config)
+    if folder.exists():
+        if not is_of(folder, config):
+            raise DiffRLError(
+                f"{folder}: a run of other settings, so resume=auto cannot go on with it. Give another "
+                f"name=..., or 'diffrl train --resume {folder}' for it as it is."
+            )
+        return _resume(folder, config, begin)
+    setup, policy, reward = pretrained(config)
+    run = Run(setup, policy, reward, folder)
+    processes.wait()  # until all have seen that it is not there
+    if processes.is_first():
+        # under another name until it has a checkpoint: a run that is there can be resumed
+        for left in folder.parent.glob(f".{folder.name}.draft-*"):  # of one that was killed right here
+            shutil.rmtree(left, ignore_errors=True)
+        draft = folder.with_name(f".{folder.name}.draft-{uuid.uuid4().hex}")
+        draft.mkdir(parents=True)
+        settings.write(config, draft / CONFIG_FILE)
+        if isinstance(reward, LogLikelihood):
+            reward.save(draft / CLASSIFIER_FILE)
+            console.print(describe(reward))
+        run.save(draft / CHECKPOINTS)
+        draft.rename(folder)
+    processes.wait()
+    return _finish(run, begin)
+
+
+def resume(folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Go on with a run from its last checkpoint that is whole, and return its folder.
+
+    Args:
+        folder: of the run.
+        overrides: `key=value` words of how many pictures are held at a time, the run's from here on: for a
+            machine with less memory. They change what is drawn, not the law it is drawn from.
+
+    Raises:
+        DiffRLError: no such run, none of its checkpoints is whole, or another setting among the words.
+    """
+    for word in overrides:
+        if word.partition("=")[0] not in AT_A_TIME:
+            raise DiffRLError(
+                f"{word}: the settings of {folder} are its own; all that may change is "
+                f"{' and '.join(AT_A_TIME)}."
+            )
+    config = settings_of(folder, overrides)
+    config.root, config.name = str(folder.parent), folder.name  # it may have moved
+    return _resume(folder, config, time.perf_counter())
+
+
+def is_of(folder: Path, config: Config) -> bool:
+    """Return whether the run in a folder has these settings, so that `resume=auto` can go on with it.
+
+    Raises:
+        DiffRLError: there is no run, or its settings cannot be read.
+    """
+    return settings.same(settings.facts(settings_of(folder)), config)
+
+
+def _resume(folder: Path, config: Config, begin: float) -> Path:
+    run = Run(*untrained(folder, config), folder)
+    run.load(folder / CHECKPOINTS)
+    if run.done:
+        console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
+        return folder
+    if processes.is_first():
+        settings.write(config, folder / CONFIG_FILE)  # as it goes on
+    console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
+    return _finish(run, begin)
+
+
+def _finish(run: Run, begin: float) -> Path:
+    with StopSignals() as stop, RunLog(run.folder, run.log_size, run.update) as log:
+        if not run.log_size:
+            log.write(0, {"time/setup_seconds": time.perf_counter() - begin} | fit_metrics(run.reward))
+        try:
+            run.loop(log, stop)
+        finally:  # a reward that breaks down must not cost what was learnt before it
+            if processes.is_first() and run.guards.best is None:
+                weights.save(run.policy, run.folder)
+    minutes = (time.perf_counter() - begin) / 60
+    if run.done:
+        done = f"done in {minutes:.1f} minutes. Next: diffrl eval {run.folder}"
+    else:
+        done = f"stopped after update {run.update}. Go on with: diffrl train --resume {run.folder}"
+    console.print(f"[bold]{run.folder}[/]: {run.guards.said()}{done}")
+    stop.reraise()
+    return run.folder
+
+
+def _folder(config: Config) -> Path:
+    parts = [settings.chosen(config, group) for group in ("algo", "env", "reward")]
+    folder = Path(config.root) / (config.name or "-".join([*parts, f"seed{config.seed}"]))
+    if folder.exists() and config.resume != "auto":
+        raise DiffRLError(
+            f"{folder}: the run directory exists. Go on with it by resume=auto, give another with "
+            "name=..., or delete it."
+        )
+    return folder
