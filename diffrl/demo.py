@@ -174,5 +174,7 @@ def launch(blocks: Any, port: int | None) -> str:
             server_port=port, theme=theme, css=_STYLE, prevent_thread_lock=True, quiet=True, ssr_mode=False
         )
     except OSError as error:
-        raise DiffRLError(f"--port {port}: not to be had ({error}). Give another, or none.") from error
+        raise DiffRLError(
+            f"--port {port}: it is taken. Give another, or none for one that is free."
+        ) from error
     return str(address)

@@ -187,6 +187,14 @@ class TestCard:
         says = {form: "The label is not in here" in text for form, text in texts.items()}
         assert says == {"diffrl": False, "diffusers": True, "kohya": True}
 
+    def test_its_pictures_are_those_that_its_files_draw(self, exported):
+        """Rows of 128 px and a gap of 4: the pretrained model's, then one a label or the LoRA's alone."""
+        rows = {}
+        for form, folder in exported.items():
+            with Image.open(folder / "grid.png") as grid:
+                rows[form] = (grid.height - 24) / 132
+        assert rows == {"diffrl": 3, "diffusers": 2, "kohya": 2}
+
 
 @pytest.mark.parametrize(
     "words",
