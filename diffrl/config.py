@@ -34,7 +34,7 @@ CONF = Path(__file__).parent / "conf"
 
 @dataclass
 class Config:
-    """Everything that decides a run."""
+    """Everything that decides a run; its last setting stays last, and shows that a stored file is whole."""
 
     algo: Any
     env: Any
@@ -59,7 +59,6 @@ class Config:
     eval_every: int = 50  # updates between two evaluations
     eval_batch: int = 64  # pictures, or particles, drawn at a time where nothing is learnt from them
     eval_pictures: int = 64  # of an evaluation on the way; the last one draws four times as many
-    # stays last: a stored file that has it was not cut short
     eval_scales: list[float] = field(default_factory=list)  # of the control, that the last one tries too
 
 
