@@ -12,7 +12,7 @@ from diffrl.errors import DiffRLError
 
 _COMMANDS = (
     "train", "plan", "fit", "doctor", "eval", "sample", "export", "demo", "compare", "report",
-    "import-ctrl", "list",
+    "import-ctrl", "list", "completion",
 )  # fmt: skip
 _EPILOG = """\
 settings are Hydra's key=value words, after 'train' or 'fit':
@@ -53,16 +53,22 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
+    subparsers = whole.add_subparsers(dest="command", metavar="COMMAND")
     for name in _COMMANDS:
         command = importlib.import_module(f"diffrl.commands.{name.replace('-', '_')}")
         line = str(command.__doc__).rstrip(".")
-        subparser = commands.add_parser(
+        subparser = subparsers.add_parser(
             name, help=line[0].lower() + line[1:], description=f"{line}.", conflict_handler="resolve"
         )
         subparser.set_defaults(run=command.run)
         command.arguments(subparser)
     return whole
+
+
+def commands(whole: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each command."""
+    (action,) = (one for one in whole._actions if isinstance(one, argparse._SubParsersAction))
+    return dict(action.choices)
 
 
 def _quieten() -> None:

@@ -19,7 +19,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from diffrl import config, help
-from diffrl.cli import parser
+from diffrl.cli import commands, parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -91,9 +91,8 @@ def _choices(group: str, page: str) -> str:
 
 def _commands(_: str, page: str) -> str:
     """Return a section with the usage of each command."""
-    (action,) = (one for one in parser()._actions if isinstance(one, argparse._SubParsersAction))
     sections = []
-    for name, command in action.choices.items():
+    for name, command in commands(parser()).items():
         command.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=84)
         usage = command.format_help().replace(f"{command.description}\n\n", "").strip()
         sections.append(f"## diffrl {name}\n\n{command.description}\n\n```text\n{usage}\n```")
