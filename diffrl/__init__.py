@@ -1,12 +1,14 @@
 """RL fine-tuning of diffusion models.
 
-Importing it registers the envs with Gymnasium and nothing more (PyTorch is not imported, so that
-`diffrl --help` is instant): the parts are in `diffrl.algorithms`, `diffrl.envs`, `diffrl.rewards`,
-`diffrl.policy` and `diffrl.rollout`. `check_reward`, `check_env` and `check_algorithm` look at yours;
-`ControlledStableDiffusionPipeline` draws with what was trained.
+Importing it registers the envs with Gymnasium and nothing more (PyTorch is not imported): the parts are in
+`diffrl.algorithms`, `diffrl.envs`, `diffrl.rewards`, `diffrl.policy` and `diffrl.rollout`. `check_reward`,
+`check_env` and `check_algorithm` look at yours; `ControlledStableDiffusionPipeline` draws with what was
+trained.
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffrl.envs.registration import register_envs
@@ -34,4 +36,6 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY[name]), name)
 
 
-register_envs()
+# which imports Gymnasium, most of the time of `diffrl --help`: the command does it when it runs one
+if Path(sys.argv[0]).stem != "diffrl":
+    register_envs()

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from diffrl.envs.registration import register_envs
 from diffrl.errors import DiffRLError
 
 _COMMANDS = (
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise DiffRLError(f"{rest[0]}: no such option of 'diffrl {options.command}'; see --help.")
         options.words = [*getattr(options, "words", []), *rest]
         _quieten()
+        register_envs()
         options.run(options)
     except DiffRLError as error:
         print(f"diffrl: {error}", file=sys.stderr)

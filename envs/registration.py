@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from gymnasium.envs.registration import register, registry
-
 _IDS = {
     "diffrl/Emoji-v0": "emoji",
     "diffrl/GaussianMixture-v0": "gaussian_mixture",
@@ -12,7 +10,9 @@ _IDS = {
 
 
 def register_envs() -> None:
-    """Register every env; called when `diffrl` is imported."""
+    """Register every env; called when `diffrl` is imported, or by its command."""
+    from gymnasium.envs.registration import register, registry
+
     for env_id in _IDS:
         if env_id not in registry:
             register(

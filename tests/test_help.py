@@ -1,5 +1,7 @@
 """What people read about the settings: the dataclasses alone are its source."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 
 import pytest
@@ -83,3 +85,26 @@ def test_train_help_is_about_what_is_chosen_wherever_it_stands(tmp_path, monkeyp
     assert main(["train", "-h", "algo=ddop"]) == 2
     assert "Did you mean 'ddpo'?" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def imported_by_the_command(words):
+    """Return the modules there after `diffrl WORDS`, and whether its envs are known to Gymnasium."""
+    code = f"""if True:
+        import sys
+        sys.argv = ["/usr/bin/diffrl", *{words}]
+        from diffrl.cli import main
+        main()
+        print("imported:", *sys.modules)
+        from gymnasium import registry
+        print("diffrl/Emoji-v0" in registry)
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    *_, modules, known = done.stdout.splitlines()
+    return set(modules.split()), known == "True"
+
+
+def test_help_imports_nothing_heavy():
+    modules, known = imported_by_the_command([])
+    assert not modules & {"torch", "numpy", "gymnasium", "hydra", "omegaconf", "rich", "yaml", "shtab"}
+    assert not known
+    assert imported_by_the_command(["list"])[1]
