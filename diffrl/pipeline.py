@@ -34,8 +34,8 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
 
     Everything else is stock: devices and precisions, prompt lists, generators, other schedulers.
 
-    >>> pipe = ControlledStableDiffusionPipeline.from_run("runs/NAME")  # doctest: +SKIP
-    >>> pipe("cat", label=3, num_images_per_prompt=8).images  # doctest: +SKIP
+        pipe = ControlledStableDiffusionPipeline.from_run("runs/NAME")
+        pipe("cat", label=3, num_images_per_prompt=8).images
     """
 
     label_embedding: LabelEmbedding | None = None

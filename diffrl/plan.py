@@ -26,7 +26,7 @@ from diffrl.run import GRID_COLUMNS
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Context, Reward, Trajectory
 
-_DRAWN, _FITTED = 64, 128  # pictures of a piece
+_FITTED = 128  # pictures of a piece
 _LARGE = 100_000_000  # parameters; on a CPU an update of such a network takes minutes
 _FEW_STEPS = 2  # with env.checkpointing the memory does not grow with them
 
@@ -110,14 +110,14 @@ def _reward(setup: Setup, policy: Policy, meter: _Meter) -> Reward:
     chosen = setup.config.reward
     if not is_learned(chosen) or chosen.classifier or setup.classifier_file().is_file():
         return setup.make_reward(policy)
-    env = setup.make_env(Jpeg(), _DRAWN)
+    count, at_once = chosen.num_pictures, setup.config.eval_batch
+    env = setup.make_env(Jpeg(), at_once)
 
     def draw() -> torch.Tensor:
         return rollout(env, Pretrained(policy), setup.generator(1), seed=0).images
 
-    count = chosen.num_pictures
-    images = meter.note("draw the offline data set", -(-count // _DRAWN), draw)
-    images = images.repeat(_FITTED // _DRAWN, 1, 1, 1)
+    images = meter.note("draw the offline data set", -(-count // at_once), draw)
+    images = images.repeat(-(-_FITTED // at_once), 1, 1, 1)[:_FITTED]
 
     def fit() -> Any:
         return chosen.fit(images, 0, from_pretrained=True).to(setup.device)

@@ -31,8 +31,9 @@ def test_examples_in_docstrings_run(path):
 
 def commands(text: str) -> list[list[str]]:
     """Return the words of each `diffrl` command in the blocks of a page."""
-    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    shell = [block for language, block in blocks if language != "python"]
+    lines = "\n".join(shell).replace("\\\n", " ").splitlines()
     found = [
         shlex.split(line[line.index("diffrl ") :], comments=True)
         for line in lines
@@ -59,7 +60,8 @@ def test_commands_on_the_pages_are_commands(page, tmp_path, monkeypatch):
 
 
 def test_the_parser_of_commands_finds_them():
-    text = "```\npip x && diffrl train \\\n  seed=1  # one\n```\ndiffrl list\n```python\nimport diffrl\n```"
+    text = "```\npip x && diffrl train \\\n  seed=1  # one\n```\ndiffrl list\n"
+    text += "```python\nfrom diffrl import x\n```"
     assert commands(text) == [["train", "seed=1"]]
 
 
