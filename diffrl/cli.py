@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     subparsers = whole.add_subparsers(dest="command", metavar="COMMAND")
     for name in _COMMANDS:
         command = importlib.import_module(f"diffrl.commands.{name.replace('-', '_')}")
-        line = str(command.__doc__).rstrip(".")
+        line = str(command.__doc__).partition("\n")[0].rstrip(".")
         subparser = subparsers.add_parser(
             name, help=line[0].lower() + line[1:], description=f"{line}.", conflict_handler="resolve"
         )

@@ -123,6 +123,23 @@ class TestTable:
         assert_close(row["m_ci95"], 12.7062, atol=1e-3)  # t of 1 degree; standard error 1
         assert "l" not in row
 
+    def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them(self):
+        def cell(seed, reward, *seconds):
+            points = [{"reward": reward, "spent/seconds": s, "spent/pictures": 8.0 * s} for s in seconds]
+            return {"row": "a", "seed": seed, "minutes": 1.0, "points": points}
+
+        records = [cell(0, 1.0, 10.0, 20.0), cell(1, 3.0, 15.0, 90.0)]
+        (row,) = summary.summarise("s", records)
+        assert (row["spent/seconds"], row["spent/seconds_ci95"], row["spent/pictures"]) == (20.0, None, 440.0)
+        for record in records:
+            for point in record["points"]:
+                point["spent/network_calls"] = 1.0
+        suite = suites.Suite(rows={"a": []}, columns={"r": "reward"}, curve={"r": "reward"})
+        panels = summary.curves(suite, records)
+        assert panels["seconds"][0].x == [10.0, 20.0]
+        assert panels["pictures drawn"][0].x == [100.0, 440.0]
+        assert panels["seconds"][0].y == [2.0, 2.0]
+
     def test_a_record_has_the_bare_names_of_an_evaluation(self):
         row = {"suite": "s", "n_seeds": 3, "eval/accuracy": 0.5, "eval/accuracy_ci95": 0.1, "exact/tv": 0.2}
         names = ["suite", "n_seeds", "accuracy", "accuracy_ci95", "exact/tv"]
