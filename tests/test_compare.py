@@ -130,7 +130,8 @@ class TestTable:
 
         records = [cell(0, 1.0, 10.0, 20.0), cell(1, 3.0, 15.0, 90.0)]
         (row,) = summary.summarise("s", records)
-        assert (row["spent/seconds"], row["spent/seconds_ci95"], row["spent/pictures"]) == (20.0, None, 440.0)
+        assert (row["spent/seconds"], row["spent/seconds_ci95"]) == (20.0, None)
+        assert row["spent/pictures"] == 440.0
         for record in records:
             for point in record["points"]:
                 point["spent/network_calls"] = 1.0
