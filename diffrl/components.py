@@ -241,9 +241,9 @@ def _from_file(group: str, word: str) -> type:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's own code
         raise DiffRLError(f"{group}={word}: {path} fails: {type(error).__name__}: {error}") from error
-    known = {key for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
-    if name not in known:
-        raise unknown(f"{group}={file}", name, known)
+    if not callable(getattr(module, name, None)):
+        own = {key for key, value in vars(module).items() if getattr(value, "__module__", None) == title}
+        raise unknown(group, word, {f"{file}:{key}" for key in own})
     source = f"{path}:{name}"
     own, more = getattr(module, name), [("chosen_by", str, source)]
     return as_component(group, source, own, line=f"{name} of {path.name}.", more=more)

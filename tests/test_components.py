@@ -151,7 +151,7 @@ def test_a_class_that_is_no_dataclass_has_its_own_settings_checked_and_pickled(f
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("algo=my_algo.py:Ascend", "Did you mean 'Ascent'?"),
+        ("algo=my_algo.py:Ascend", "my_algo.py:Ascent'?"),
         ("algo=my_algo.py:NoUpdate", "NoUpdate has no update(self, trajectories, policy, optimizer)"),
         ("algo=my_algo.py:NoAlgorithm", "derive it from diffrl.algorithms.base.Algorithm"),
         ("algo=my_algo.py:Unset", "non-default argument 'count' follows default argument"),

@@ -85,7 +85,7 @@ def test_a_class_has_settings_and_may_have_a_gradient(file, tiny_path):
     ("word", "expected"),
     [
         ("none.py:redness", "no such file"),
-        ("mine.py:rednes", "Did you mean 'redness'?"),
+        ("mine.py:rednes", "mine.py:redness'?"),
         ("mine.py:Nothing", "Nothing has no __call__(self, images, context)"),
         ("mine.py:Brightness reward.strenght=2", "Did you mean 'reward.strength'?"),
         ("mine.py:redness algo=ctrl", "is a black box"),
