@@ -107,7 +107,8 @@ def _with_interval(row: dict[str, Any], measure: str) -> str:
 
 def as_text(number: float, scale: float) -> str:
     """Return a number with as many digits as its column's size, `scale`, deserves."""
-    return f"{number:,.0f}" if abs(scale) >= 100 else f"{number:.3f}"
+    digits = 0 if abs(scale) >= 100 else 1 if abs(scale) >= 10 else 3
+    return f"{number:,.{digits}f}"
 
 
 def curves(suite: Suite, records: list[dict[str, Any]]) -> dict[str, list[Line]]:

@@ -375,6 +375,14 @@ class TestTuning:
         assert said in fails(capsys, *words(write(tmp_path, **parts)))
 
 
+def test_numbers_have_the_digits_that_their_size_deserves():
+    texts = [
+        summary.as_text(number, scale) for number, scale in ((12345.6, 1e4), (73.0, 451.0), (86.87, 86.87))
+    ]
+    assert texts == ["12,346", "73", "86.9"]
+    assert [summary.as_text(0.0257, 0.566), summary.as_text(-1.958, -1.958)] == ["0.026", "-1.958"]
+
+
 def test_a_table_of_many_columns_is_printed_whole(capsys):
     names = {f"a measure of some length, number {i}": "x" for i in range(12)}
     row = {"method": "one", "failed": 0, "x": 1.5, "x_ci95": 0.25}
