@@ -1,9 +1,7 @@
 """What one update costs: seconds, memory, network calls, FLOPs. `throughput` runs it, a process each."""
 
 import json
-import resource
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from diffrl.backbones.stable_diffusion import PRECISIONS
 from diffrl.benchmarks.plain import PlainLoop
 from diffrl.build import Setup
 from diffrl.memory import is_exhausted
+from diffrl.meter import now, peak_memory
 from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
@@ -52,14 +51,14 @@ def measure(row: str, words: list[str], rounds: int) -> dict[str, Any]:
     take, policy = _work(row, setup, algo, reward)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    held, seconds, calls, counted = _memory(cuda), [], 0, 0
+    held, seconds, calls, counted = peak_memory(cuda), [], 0, 0
     for number in range(rounds):
-        calls, begin = policy.num_calls, _now(cuda)
+        calls, begin = policy.num_calls, now(cuda)
         if number:
             take()
         else:
             counted = count_flops(take)
-        seconds.append(_now(cuda) - begin)
+        seconds.append(now(cuda) - begin)
         calls = policy.num_calls - calls
         if cuda and rounds > 1 and not number:
             torch.cuda.reset_peak_memory_stats()
@@ -71,7 +70,7 @@ def measure(row: str, words: list[str], rounds: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(setup.device) if cuda else "CPU",
         "precision": precision,
         "seconds": seconds[1:] or seconds,
-        "peak_gb": _memory(cuda) / 1e9,
+        "peak_gb": peak_memory(cuda) / 1e9,
         "held_gb": held / 1e9,
         "network_calls": calls / pictures,
         "flops": counted / pictures,
@@ -105,9 +104,9 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     taken = []
     for _ in range(10):
-        begin = _now(cuda)
+        begin = now(cuda)
         a @ b
-        taken.append(_now(cuda) - begin)
+        taken.append(now(cuda) - begin)
     return 2 * side**3 / min(taken)
 
 
@@ -152,19 +151,6 @@ _ATTENTION = {  # on a CPU, which PyTorch's counter leaves out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
 }
-
-
-def _now(cuda: bool) -> float:
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _memory(cuda: bool) -> float:
-    """Return the peak so far, bytes."""
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ an evaluation, a picture grid, an update's micro-batch. Its time is multiplied b
 The memory is this process's, which has then done all that the run does. Nothing is written.
 """
 
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from diffrl.build import Setup, is_learned
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import picture_grid
+from diffrl.meter import now, peak_memory
 from diffrl.policy import Policy, Pretrained
 from diffrl.restore import measure
 from diffrl.rewards.closed_form import ClosedForm
@@ -77,22 +77,15 @@ class _Meter:
 
     def note(self, name: str, times: float, piece: Callable[[], Any]) -> Any:
         """Return what the piece returns; it is done once."""
-        calls, begin = self._policy.num_calls, self._now()
+        calls, begin = self._policy.num_calls, now(self._cuda)
         result = piece()
-        seconds, calls = self._now() - begin, self._policy.num_calls - calls
+        seconds, calls = now(self._cuda) - begin, self._policy.num_calls - calls
         self.stages.append(Stage(name, times, times * calls, times * seconds, self.memory()))
         return result
 
     def memory(self) -> float:
         """Return the peak so far, bytes."""
-        if self._cuda:
-            return float(torch.cuda.max_memory_allocated())
-        return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return peak_memory(self._cuda)
 
 
 def _setup(config: Config) -> Setup:
