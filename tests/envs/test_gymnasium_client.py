@@ -9,6 +9,7 @@ from gymnasium.spaces import Box
 from gymnasium.wrappers.vector import ArrayConversion, FlattenObservation, TransformAction
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from diffrl.backbones import gaussian_mixture
@@ -67,6 +68,7 @@ def test_ppo_learns_to_obey_the_label(monkeypatch):
     ppo = PPO(
         "MlpPolicy", env, n_steps=batch // ENVS, batch_size=256, learning_rate=3e-3, gamma=1.0, seed=0
     )
+    ppo.set_logger(Logger(None, []))  # its own makes a folder that outlives the test
     before, _ = evaluate_policy(ppo, env, ENVS)
     ppo.learn(4 * batch)
     log_p, lengths = evaluate_policy(ppo, env, ENVS, return_episode_rewards=True)
