@@ -69,10 +69,7 @@ def read_file(model: str, path: Path) -> tuple[dict[str, nn.Module], Configs]:
 
 
 def _tensors(model: str, path: Path) -> dict[str, Tensor]:
-    try:
-        found = read_weights(path)
-    except DiffRLError as error:
-        raise DiffRLError(f"env.model={model}: {str(error).removeprefix(f'{path}: ')}") from error
+    found = read_weights(path, f"env.model={model}")
     found = found.get("state_dict", found)
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
