@@ -88,9 +88,11 @@ def write(
         _sync(parent)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
+        advice = "There is none before it; make room, and begin again."
+        if _steps(parent):
+            advice = "Those before it are intact; make room, then go on with --resume."
         raise DiffRLError(
-            f"{folder}: the checkpoint cannot be written ({error.strerror or error}). Those before it are "
-            "intact; make room, then go on with --resume."
+            f"{folder}: the checkpoint cannot be written ({error.strerror or error}). {advice}"
         ) from error
     olds = [old for old in _steps(parent)[:-keep] if step_of(old) != spare]
     for old in [*olds, *parent.glob(f"*{_DRAFT}*")]:  # drafts: of saves that were killed

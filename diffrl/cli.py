@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from diffrl import disk
 from diffrl.envs.registration import register_envs
 from diffrl.errors import DiffRLError
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.words = [*getattr(options, "words", []), *rest]
         _quieten()
         register_envs()
-        options.run(options)
+        with disk.told():
+            options.run(options)
     except DiffRLError as error:
         print(f"diffrl: {error}", file=sys.stderr)
         return 2

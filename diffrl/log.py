@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,7 @@ class RunLog:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1 if size else None)
 
     def __enter__(self) -> Self:
+        self._hook, threading.excepthook = threading.excepthook, self._hear
         return self
 
     def __exit__(
@@ -64,9 +66,17 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._writes:
-            self._metrics.close()
-            self._events.close()
+        try:
+            if self._writes:
+                self._metrics.close()
+                self._events.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _hear(self, died: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread, and raises in ours, at its next write, what went wrong there
+        if not isinstance(died.exc_value, OSError):
+            self._hook(died)
 
     def write(self, update: int, metrics: dict[str, Any]) -> None:
         """Record the metrics after an update; lists go to `metrics.jsonl` only."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffrl import config as settings
-from diffrl import processes, weights
+from diffrl import disk, processes, weights
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
 from diffrl.log import RunLog, console
@@ -56,13 +56,14 @@ def train(config: Config) -> Path:
         for left in folder.parent.glob(f".{folder.name}.draft-*"):  # of one that was killed right here
             shutil.rmtree(left, ignore_errors=True)
         draft = folder.with_name(f".{folder.name}.draft-{uuid.uuid4().hex}")
-        draft.mkdir(parents=True)
-        settings.write(config, draft / CONFIG_FILE)
-        if isinstance(reward, LogLikelihood):
-            reward.save(draft / CLASSIFIER_FILE)
-            console.print(describe(reward))
-        run.save(draft / CHECKPOINTS)
-        draft.rename(folder)
+        with disk.told(draft, "Make room, or give another root=FOLDER, and begin again."):
+            draft.mkdir(parents=True)
+            settings.write(config, draft / CONFIG_FILE)
+            if isinstance(reward, LogLikelihood):
+                reward.save(draft / CLASSIFIER_FILE)
+                console.print(describe(reward))
+            run.save(draft / CHECKPOINTS)
+            draft.rename(folder)
     processes.wait()
     return _finish(run, begin)
 
@@ -111,7 +112,12 @@ def _resume(folder: Path, config: Config, begin: float) -> Path:
 
 
 def _finish(run: Run, begin: float) -> Path:
-    with StopSignals() as stop, RunLog(run.folder, run.log_size, run.update) as log:
+    go_on = f"diffrl train --resume {run.folder}"
+    with (
+        disk.told(run.folder, f"Make room, then go on with: {go_on}"),
+        StopSignals() as stop,
+        RunLog(run.folder, run.log_size, run.update) as log,
+    ):
         if not run.log_size:
             log.write(0, {"time/setup_seconds": time.perf_counter() - begin} | fit_metrics(run.reward))
         try:
@@ -123,7 +129,7 @@ def _finish(run: Run, begin: float) -> Path:
     if run.done:
         done = f"done in {minutes:.1f} minutes. Next: diffrl eval {run.folder}"
     else:
-        done = f"stopped after update {run.update}. Go on with: diffrl train --resume {run.folder}"
+        done = f"stopped after update {run.update}. Go on with: {go_on}"
     console.print(f"[bold]{run.folder}[/]: {run.guards.said()}{done}")
     stop.reraise()
     return run.folder

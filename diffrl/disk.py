@@ -1,0 +1,45 @@
+"""A disk that is full, or may not be written to: told in one line, with the way to go on."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from diffrl.errors import DiffRLError
+
+_REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ENOTDIR,
+)  # fmt: skip
+
+
+@contextmanager
+def told(place: Path | None = None, advice: str = "") -> Iterator[None]:
+    """Say of a disk that refuses here where it was, why, and what to do; other errors pass.
+
+    Args:
+        place: named where the error names none, as that of a file which is open does not.
+        advice: a sentence.
+
+    Raises:
+        DiffRLError: no room, a read-only file system, no permission, a broken disk, no folder.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _number(error)
+        if number not in _REFUSALS:
+            raise
+        where = getattr(error, "filename", None) or place
+        reason = f"{where}: {os.strerror(number)}." if where else f"{os.strerror(number)}."
+        raise DiffRLError(f"{reason} {advice}".rstrip()) from error
+
+
+def _number(error: SafetensorError) -> int:
+    """Return the number that safetensors, which is written in Rust, has in its message alone; 0: none."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else 0

@@ -1,0 +1,127 @@
+"""A full disk, and one that may not be written to: one line, and a run that goes on once there is room."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from test_checkpoint import STATE, readable, written
+
+from diffrl import checkpoint, disk
+from diffrl.benchmarks.soak import RUN, bits, numbers
+from diffrl.cli import main
+from diffrl.errors import DiffRLError
+from diffrl.log import RunLog
+
+WORDS = [*RUN, "algo.updates=3", "checkpoint_every=1", "resume=auto"]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A disk of its own, and what makes it larger or read-only."""
+    if sys.platform != "linux" or os.geteuid():
+        pytest.skip("mounting needs Linux and root")
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(*options):
+        words = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
+        if subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("no tmpfs can be mounted here")
+        return place
+
+    yield mount
+    subprocess.run(["umount", str(place)], check=False)
+    shutil.rmtree(place)
+
+
+def failed(capsys, *words):
+    """Return the only line of a command's error."""
+    assert main([str(word) for word in words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("roomy")
+    assert main(["train", *WORDS, f"root={root}", "name=run"]) == 0
+    return root / "run"
+
+
+@pytest.mark.parametrize("size", [16, 100, 160, 320])
+def test_a_run_on_a_full_disk_is_one_line_and_once_there_is_room_the_same_run(
+    small, undisturbed, capfd, size
+):
+    """From a disk that holds no checkpoint at all to one that all but the last fit on."""
+    place = small(f"size={size}k")
+    line = failed(capfd, "train", *WORDS, f"root={place}", "name=run")
+    assert "No space left on device" in line
+    assert ("go on with" in line) == (place / "run").is_dir()
+    small("remount", "size=4m")
+    assert main(["train", *WORDS, f"root={place}", "name=run"]) == 0
+    assert numbers(place / "run") == numbers(undisturbed)
+    assert bits(place / "run") == bits(undisturbed)
+
+
+def test_a_disk_that_may_only_be_read_is_one_line_and_keeps_its_run(small, undisturbed, capfd):
+    place = small("size=4m")
+    shutil.copytree(undisturbed, place / "run")
+    last = max((place / "run" / "checkpoints").iterdir())
+    shutil.rmtree(last)  # so that there is something left to train
+    small("remount", "ro")
+    assert "Read-only file system" in failed(capfd, "train", "--resume", place / "run")
+    assert "Read-only file system" in failed(capfd, "train", *WORDS, f"root={place}", "name=other")
+    small("remount", "rw")
+    assert main(["train", "--resume", str(place / "run")]) == 0
+    assert bits(place / "run") == bits(undisturbed)
+
+
+def test_a_checkpoint_on_a_full_disk_leaves_the_one_before_it_intact(small):
+    place = small("size=64k")
+    written(place)
+    large = {"policy.0": torch.zeros(30_000)}
+    with pytest.raises(DiffRLError, match="No space left on device"):
+        checkpoint.write(place, 2, large, STATE)
+    assert readable(place) == 1
+    assert written(place, 3, update=3).name == "step-000003"
+
+
+def test_a_root_that_is_a_file_is_one_line(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    line = failed(capfd, "train", *WORDS, f"root={tmp_path}/file/runs", "name=run")
+    assert "Not a directory" in line
+    assert "another root" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "", "runs/x"), "runs/x: No space left on device. Make room."),
+        (OSError(errno.EDQUOT, ""), "runs: Disk quota exceeded. Make room."),
+        (SafetensorError("I/O error: (os error 30)"), "runs: Read-only file system. Make room."),
+    ],
+)
+def test_a_disk_that_refuses_is_named_with_the_advice(error, said):
+    with pytest.raises(DiffRLError) as told, disk.told("runs", "Make room."):
+        raise error
+    assert str(told.value) == said
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, ""), SafetensorError("header"), ValueError()]
+)
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)), disk.told("runs"):
+        raise error
+
+
+def test_metrics_that_cannot_be_written_are_told_of(tmp_path):
+    log = RunLog(tmp_path)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), log._metrics.fileno())
+    with pytest.raises(DiffRLError, match="No space"), disk.told(tmp_path), log:
+        log.write(1, {"a": 1.0})
