@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 
 import pytest
@@ -31,12 +32,12 @@ def readable(parent):
 class FaultyOS:
     """The module `os`, whose operations of a save are counted, and the one of number `at` fails."""
 
-    def __init__(self, at, fault):
-        self.at, self.fault, self.count = at, fault, 0
+    def __init__(self, at, fault, names=("open", "write", "fsync", "close", "rename")):
+        self.at, self.fault, self.names, self.count = at, fault, names, 0
 
     def __getattr__(self, name):
         real = getattr(os, name)
-        if name not in ("open", "write", "fsync", "close", "rename"):
+        if name not in self.names:
             return real
 
         def operation(*arguments, **keywords):
@@ -160,6 +161,29 @@ def test_killed_at_any_operation_it_leaves_the_old_or_the_new(tmp_path, monkeypa
         assert written(parent, 3, update=3).name == "step-000003"  # what is left over is in nobody's way
     assert found == sorted(found)
     assert set(found) == {1, 2}
+
+
+@pytest.mark.parametrize("fault", [fails_with(errno.EIO), dies], ids=["EIO", "SIGKILL"])
+def test_where_deleting_the_oldest_breaks_off_the_newest_is_whole_and_the_next_save_deletes_it(
+    tmp_path, fault
+):
+    for at in range(1, 6):  # the three files, their folder, and none
+        parent = tmp_path / str(at)
+        written(parent, 1)
+        written(parent, 2, update=2)
+        child = os.fork()
+        if not child:
+            shutil.os, code = FaultyOS(at, fault, ("unlink", "rmdir")), 100
+            try:
+                written(parent, 3, update=3)
+                code = 0
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == (-signal.SIGKILL if fault is dies and at <= 4 else 0)
+        assert readable(parent) == 3
+        written(parent, 4, update=4)
+        assert [checkpoint.step_of(folder) for folder in checkpoint.newest_first(parent)] == [4, 3]
 
 
 def test_every_flipped_byte_and_every_cut_is_noticed_and_named(tmp_path):
