@@ -16,9 +16,11 @@ from PIL import Image
 from diffrl import __version__
 from diffrl.benchmarks.compare import points_of
 from diffrl.benchmarks.suites import Cell, Suite
-from diffrl.benchmarks.summary import SPENT, as_text, curves, first_of, several, summarise
+from diffrl.benchmarks.summary import SPENT, as_text, curves, first_of, over_training, several, summarise
+from diffrl.config import command
 from diffrl.errors import DiffRLError
-from diffrl.plot import frontier_svg, learning_svg
+from diffrl.plot import frontier_svg, learning_svg, training_svg
+from diffrl.restore import CONFIG_FILE, settings_of
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _WIDEST = 1100  # pixels of a picture grid
@@ -56,7 +58,7 @@ def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path]:
         record: dict[str, Any] = {
             "row": source.name,
             "seed": 0,
-            "command": "",
+            "command": command(settings_of(source)) if (source / CONFIG_FILE).is_file() else "",
             "folder": source.name,
             "minutes": 0.0,
         }
@@ -139,6 +141,14 @@ def _figures(
                 "title": "Learning",
                 "svg": Markup(learning_svg(panels, name)),
                 "caption": "Mean over seeds against what was spent on training, with its 95% interval.",
+            }
+        )
+    if len(records) == 1 and (measured := over_training(records[0].get("points", [{}]), suite.columns)):
+        figures.append(
+            {
+                "title": "Training",
+                "svg": Markup(training_svg(measured, "pictures drawn")),
+                "caption": "What the run's evaluations measured.",
             }
         )
     points = {

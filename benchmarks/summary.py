@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,19 @@ def curves(suite: Suite, records: list[dict[str, Any]]) -> dict[str, list[Line]]
             spent = [_over_seeds(name, [point[name] for point in step])[0] for step in steps]
             band = [h or 0.0 for h in half]
             panels.setdefault(heading, []).append(Line(row, spent, list(middle), band))
+    return panels
+
+
+def over_training(
+    points: list[dict[str, Any]], columns: Mapping[str, str | list[str]]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return each of a run's measures against the pictures drawn, where two evaluations or more have it."""
+    panels = {}
+    for title, measures in columns.items():
+        key = first_of(measures, points[-1])
+        known = [point for point in points if isinstance(point.get(key), int | float)]
+        if len(known) > 1:
+            panels[title] = ([point["spent/pictures"] for point in known], [point[key] for point in known])
     return panels
 
 

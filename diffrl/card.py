@@ -1,7 +1,6 @@
 """The model card of an export: what it is, its use, numbers, curves and pictures, and how it was made."""
 
 import platform
-import shlex
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from diffrl import __version__
 from diffrl import config as settings
 from diffrl.benchmarks.compare import points_of
-from diffrl.benchmarks.summary import as_text
+from diffrl.benchmarks.summary import as_text, over_training
 from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.envs.emoji import Emoji
@@ -27,7 +26,7 @@ from diffrl.types import EVALUATION_SEED, NO_LABEL, Reward, every_label
 CARD_FILE = "README.md"
 
 _TEMPLATE = Path(__file__).parent / "assets" / "card.md"
-_CURVES = {
+_CURVES: dict[str, str | list[str]] = {
     "reward": "eval/reward_mean",
     "accuracy": "eval/accuracy",
     "KL (nats)": "eval/kl_nats",
@@ -114,7 +113,7 @@ def write(
         seed=EVALUATION_SEED,
         table=control_rows(measures, reward) if isinstance(reward, LogLikelihood) else [],
         curves=_draw_curves(run, folder / "curves.png"),
-        command=shlex.join(["diffrl", "train", *settings.words(config)]),
+        command=settings.command(config),
         versions={"diffrl": __version__, "torch": torch.__version__, "Python": platform.python_version()}
         | {library: version(library) for library in _LIBRARIES},
         compared=compared,
@@ -143,11 +142,7 @@ def _example(reward: Reward) -> str:
 def _draw_curves(run: Path, path: Path) -> bool:
     """Draw what the run's evaluations measured, if there were two of them, and return whether."""
     points = list(points_of(run)) if (run / "metrics.jsonl").is_file() else []
-    panels = {}
-    for title, key in _CURVES.items():
-        known = [point for point in points if isinstance(point.get(key), int | float)]
-        if len(known) > 1:
-            panels[title] = ([point["spent/pictures"] for point in known], [point[key] for point in known])
+    panels = over_training(points, _CURVES) if points else {}
     if panels:
         training(panels, "pictures drawn").save(path)
     return bool(panels)

@@ -6,6 +6,7 @@ each. Presets are YAML in `diffrl/conf/`.
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -242,6 +243,11 @@ def words(config: Config) -> list[str]:
         for key, value in _flat(stored).items()
         if key not in ("name", "root") and value != defaults.get(key)
     ]
+
+
+def command(config: Config) -> str:
+    """Return the line that trains with these settings."""
+    return shlex.join(["diffrl", "train", *words(config)])
 
 
 def _word(value: Any) -> str:

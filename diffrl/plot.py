@@ -6,7 +6,7 @@ Shapes: n grid points.
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -57,6 +57,10 @@ class Line:
     band: Sequence[float]
 
 
+Panels: TypeAlias = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""What each measure was, and when: `{measure: (x, y)}`."""
+
+
 def densities(points: Tensor, curves: Sequence[Sequence[Curve]], titles: Sequence[str]) -> Image.Image:
     """Return one panel a title, side by side on the same axes, and a legend above.
 
@@ -93,16 +97,16 @@ def learning(panels: Mapping[str, Sequence[Line]], measure: str) -> Image.Image:
         return _picture(_learning(panels, measure))
 
 
-def training(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name: str) -> Image.Image:
-    """Return one panel a measure, `{measure: (x, y)}`, side by side, each on a scale of its own."""
+def training(panels: Panels, x_name: str) -> Image.Image:
+    """Return one panel a measure, side by side, each on a scale of its own."""
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(len(panels), 0)
-        every = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (measure, (x, y)) in zip(every, panels.items(), strict=True):
-            axes.plot(x, y, marker="o", markersize=3)
-            axes.set(title=measure, xlabel=x_name)
-            axes.xaxis.set_major_formatter("{x:,.10g}")
-        return _picture(figure)
+        return _picture(_training(panels, x_name, len(panels)))
+
+
+def training_svg(panels: Panels, x_name: str) -> str:
+    """Return the same as an SVG element whose text takes the page's colour, three panels a row."""
+    with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": x_name}):
+        return _svg(_training(panels, x_name, 3))
 
 
 def learning_svg(panels: Mapping[str, Sequence[Line]], measure: str) -> str:
@@ -125,6 +129,19 @@ def frontier_svg(points: Mapping[str, tuple[float, float]], x_name: str, y_name:
         return _svg(figure)
 
 
+def _training(panels: Panels, x_name: str, columns: int) -> Figure:
+    rows = -(-len(panels) // columns)
+    figure = _figure(columns, 0, rows)
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (measure, (x, y)) in zip(every, panels.items(), strict=False):
+        axes.plot(x, y, marker="o", markersize=3)
+        axes.set(title=measure, xlabel=x_name)
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+    for axes in every[len(panels) :]:
+        axes.remove()
+    return figure
+
+
 def _learning(panels: Mapping[str, Sequence[Line]], measure: str) -> Figure:
     count = max(len(lines) for lines in panels.values())
     figure = _figure(len(panels), -(-count // 4))
@@ -141,8 +158,9 @@ def _learning(panels: Mapping[str, Sequence[Line]], measure: str) -> Figure:
     return figure
 
 
-def _figure(columns: int, legend_rows: int) -> Figure:
-    return Figure((columns * _PANEL[0], _PANEL[1] + 0.25 * legend_rows), dpi=_DPI, layout="constrained")
+def _figure(columns: int, legend_rows: int, rows: int = 1) -> Figure:
+    size = columns * _PANEL[0], rows * _PANEL[1] + 0.25 * legend_rows
+    return Figure(size, dpi=_DPI, layout="constrained")
 
 
 def _legend(figure: Figure, columns: int) -> None:

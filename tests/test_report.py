@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 from test_cli import fails
 
+from diffrl import config
+from diffrl.benchmarks.summary import over_training
 from diffrl.cli import main
 
 COLUMNS = {"accuracy": "eval/accuracy", "KL (nats)": "eval/kl_nats"}
@@ -97,6 +99,28 @@ def test_a_run_is_a_suite_of_one_row(tmp_path):
     out = tmp_path / "r.html"
     assert main(["report", str(run), "--out", str(out)]) == 0
     assert "-2.500" in out.read_text()
+    assert "<svg" not in out.read_text()  # one evaluation is no curve
+
+
+def test_a_run_has_a_curve_of_each_measure_and_the_command_that_made_it(tmp_path):
+    run = tmp_path / "one"
+    run.mkdir()
+    config.write(config.load(["algo.gamma=7", "seed=3"]), run / "config.yaml")
+    points = [
+        {"update": 0, "eval/reward_mean": -2.5, "eval/accuracy": 0.2, "spent/pictures": 0},
+        {"update": 9, "eval/reward_mean": -1.5, "eval/accuracy": None, "spent/pictures": 80},
+        {"update": 10, "eval/reward_mean": -1.0, "eval/accuracy": 0.3, "spent/pictures": 160},
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, points)))
+    assert over_training(points, {"reward": "eval/reward_mean", "accuracy": ["a", "eval/accuracy"]}) == {
+        "reward": ([0, 80, 160], [-2.5, -1.5, -1.0]),
+        "accuracy": ([0, 160], [0.2, 0.3]),
+    }
+    assert main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
+    html = (tmp_path / "r.html").read_text()
+    assert html.count("<svg") == 1
+    assert html.count(">pictures drawn</text>") == 2
+    assert "diffrl train algo.gamma=7.0 seed=3" in html
 
 
 def test_what_is_no_result_is_named(suite, tmp_path, capsys):
