@@ -37,6 +37,7 @@ class StableDiffusion(nn.Module):
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = parts
         self.float()
         nn.Module.to(self.unet, PRECISIONS[precision])  # diffusers' own warns of nothing
+        self.vae.to(memory_format=torch.channels_last)  # a quarter faster on a CPU too; the denoiser is not
         self.image_size = image_size or self.unet.config.sample_size * self._scale
         if self.image_size % self._scale:
             raise DiffRLError(
