@@ -57,6 +57,7 @@ def write(
     Args:
         parent: holds the checkpoints of one run, and is made if it is not there.
         step: counts updates; one that is there already and whole is left: the same step is the same state.
+            Later ones, which the run did not begin with, are damaged, and are deleted.
         tensors: by name.
         state: in JSON's types.
         claims: of the live state, in JSON's types, for who loads it to hold against what came of it.
@@ -94,7 +95,9 @@ def write(
         raise DiffRLError(
             f"{folder}: the checkpoint cannot be written ({error.strerror or error}). {advice}"
         ) from error
-    olds = [old for old in _steps(parent)[:-keep] if step_of(old) != spare]
+    there = _steps(parent)
+    later = [other for other in there if step_of(other) > step]  # damaged: else the run had begun there
+    olds = [old for old in there[: len(there) - len(later) - keep] if step_of(old) != spare] + later
     for old in [*olds, *parent.glob(f"*{_DRAFT}*")]:  # drafts: of saves that were killed
         shutil.rmtree(old, ignore_errors=True)
     return folder

@@ -93,6 +93,14 @@ def test_what_is_written_is_read_and_the_oldest_goes(tmp_path):
     assert checkpoint.step_of(tmp_path / "step-000003") == 3
 
 
+def test_a_later_one_that_is_damaged_does_not_count_among_those_to_keep(tmp_path):
+    written(tmp_path, 1)
+    (written(tmp_path, 9) / "state.json").unlink()
+    checkpoint.write(tmp_path, 2, TENSORS, STATE | {"update": 2}, keep=1)  # gone on with from 1
+    assert readable(tmp_path) == 2
+    assert [checkpoint.step_of(folder) for folder in checkpoint.newest_first(tmp_path)] == [2]
+
+
 def test_the_one_to_spare_stays_however_old(tmp_path):
     for step, best in ((1, 0), (2, 2), (3, 2), (4, 2), (5, 2), (6, 6)):
         checkpoint.write(tmp_path, step, TENSORS, STATE, keep=1, spare=best)
