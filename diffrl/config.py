@@ -223,12 +223,16 @@ def _with_content(tree: dict[str, Any]) -> dict[str, Any]:
 
 def same(stored: Mapping[str, Any], config: Config) -> bool:
     """Return whether `stored`, from `facts`, is `config`; younger settings count as defaults."""
+    return not changed(stored, config)
+
+
+def changed(stored: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return what `stored`, from `facts`, and `config` each have, of the settings that differ."""
     composed = _compose([f"{group}={chosen(config, group)}" for group in GROUPS])
     defaults = _flat(OmegaConf.to_container(composed))  # type: ignore[arg-type]
     now, then = _flat(facts(config)), _flat(stored)
-    return then.keys() <= now.keys() and all(
-        then.get(name, defaults.get(name)) == value for name, value in now.items()
-    )
+    both = {name: (then.get(name, defaults.get(name)), now.get(name)) for name in [*now, *then]}
+    return {name: pair for name, pair in both.items() if pair[0] != pair[1] or name not in now}
 
 
 def words(config: Config) -> list[str]:

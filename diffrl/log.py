@@ -52,7 +52,12 @@ class RunLog:
         self.folder, self._writes = folder, processes.is_first()
         if not self._writes:  # of several processes, one does
             return
-        self._metrics = (folder / "metrics.jsonl").open("ab")
+        self._metrics = (folder / "metrics.jsonl").open("a+b")
+        if (found := self.size()) < size:
+            self._metrics.seek(0)
+            size = self._metrics.read().rfind(b"\n") + 1  # its whole lines
+            name = self._metrics.name
+            console.print(f"[bold yellow]{name}[/]: {found} bytes, it was cut; its end is lost.")
         self._metrics.truncate(size)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1 if size else None)
 
@@ -89,8 +94,11 @@ class RunLog:
                 self._events.add_scalar(name, value, update)
 
     def size(self) -> int:
-        """Return how many bytes `metrics.jsonl` has."""
-        return os.fstat(self._metrics.fileno()).st_size if self._writes else 0
+        """Return how many bytes `metrics.jsonl` has, all of which survive a loss of power."""
+        if not self._writes:
+            return 0
+        os.fsync(self._metrics.fileno())
+        return os.fstat(self._metrics.fileno()).st_size
 
     def picture(self, update: int, name: str, picture: Image.Image) -> Path:
         """Save a picture as `pictures/<name>-<update>.png` and as a TensorBoard image."""

@@ -72,6 +72,7 @@ class Run:
         self.surrogate = reward if isinstance(reward, OnlineSurrogateReward) else None
         self.mixture = MixtureEvaluation(setup, policy, reward) if isinstance(reward, ClosedForm) else None
         self.guards = Guards(self.config.keep_best, self.config.patience, algo.restraint)
+        self.facts = settings.facts(self.config)  # as they are now; a reward's file may be edited later
         self.update = 0  # so many are taken
         self.done = False  # and measured
         self.skipped = 0  # of the last ones, in a row
@@ -177,6 +178,7 @@ class Run:
             "spent": self.spent,
             "algorithm": self.config.algo.state_dict(),
             "guards": self.guards.state_dict(),
+            "settings": self.facts,
             "versions": {"diffrl": __version__, "torch": torch.__version__},
         }
         best = self.guards.best_update if self.config.keep_best else None
@@ -204,11 +206,14 @@ class Run:
     def _claims(self) -> dict[str, Any]:
         """Return what is true of the state as it lies here, to be held against a checkpoint's manifest."""
         trained = [*self.policy.lora_parameters(), *self.policy.embedding_parameters()]
+        fixed = self.reward.state_dict().values() if isinstance(self.reward, LogLikelihood) else []
         rate = self.config.algo.rate(self.update)
         return {
             "update": self.update,
             "learning rates": [base * rate for base in self.rates],
             "hash of the adapters": checkpoint.digest(trained),
+            "prompts": self.setup.prompts,
+            "hash of the classifier": checkpoint.digest(fixed),
         }
 
     def _take_up(self, folder: Path, stored: checkpoint.Checkpoint) -> None:
@@ -239,11 +244,18 @@ class Run:
         self.update, self.log_size, self.spent = state["update"], state["log_size"], state["spent"]
         self.done = state["done"]
         self.guards.load_state_dict(state["guards"])
-        for name, found in self._claims().items():
-            if found != (then := stored.claims[name]):
+        for name, (then, now) in settings.changed(state.get("settings", self.facts), self.config).items():
+            if name not in AT_A_TIME:
                 raise DiffRLError(
-                    f"{folder}: {name} after loading: {found}, and when it was saved: {then}. Was "
-                    f"{CONFIG_FILE} changed by hand?"
+                    f"{folder}: {name} was {then} when it was saved, and is {now} now, in {CONFIG_FILE} or "
+                    "the file that it names. Put it back, or train under another name."
+                )
+        claims = self._claims()
+        for name, then in stored.claims.items():
+            if claims[name] != then:
+                raise DiffRLError(
+                    f"{folder}: {name} after loading: {claims[name]}, and when it was saved: {then}. Was "
+                    "a file of the run, or one that its settings name, changed by hand?"
                 )
 
     def _evaluate(self, log: RunLog, *, last: bool = False) -> None:

@@ -15,6 +15,7 @@ from diffrl.benchmarks.soak import RUN, bits, numbers, soak
 from diffrl.cli import main
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
+from diffrl.log import RunLog
 from diffrl.restore import settings_of
 from diffrl.run import Run
 from diffrl.train import resume
@@ -282,10 +283,32 @@ class TestMistakes:
             patch.setattr(Optimizer, "load_state_dict", meddles)
             line = self.line(capsys, "train", "--resume", run)
         assert "step-000001: hash of the adapters after loading: " in line
+        monkeypatch.setattr(Algorithm, "rate", lambda *_: 0.5)
+        line = self.line(capsys, "train", "--resume", run)
+        assert "learning rates after loading: [0.0005, 0.025], and when it was saved: [0.0, 0.0]" in line
+
+    def test_settings_that_were_edited_are_named(self, run, capsys):
         config = run / "config.yaml"
         config.write_text(config.read_text().replace("updates: 1", "updates: 2"))
         line = self.line(capsys, "train", "--resume", run)
-        assert "learning rates after loading: [0.0005, 0.025], and when it was saved: [0.0, 0.0]" in line
+        assert "step-000001: algo.updates was 1 when it was saved, and is 2 now, in config.yaml" in line
+
+    def test_a_classifier_that_was_changed_is_noticed(self, run, capsys):
+        path = run / "classifier.safetensors"
+        sound = bytearray(path.read_bytes())
+        sound[-1] ^= 1  # of a weight
+        path.write_bytes(sound)
+        assert "hash of the classifier after loading" in self.line(capsys, "train", "--resume", run)
+
+    @pytest.mark.parametrize("size", [0, 30])
+    def test_metrics_that_were_cut_go_on_after_their_last_whole_line(self, run, capsys, size, monkeypatch):
+        path = run / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes((lines[0] + lines[1])[: len(lines[0]) + size] if size else b"")
+        with RunLog(run, len(b"".join(lines)), 1) as log:
+            log.write(2, {"a": 1.0})
+        assert path.read_bytes() == (lines[0] if size else b"") + b'{"update": 2, "a": 1.0}\n'
+        assert "it was cut" in capsys.readouterr().out
 
     def test_a_checkpoint_of_another_version_says_so(self, run, capsys):
         (folder,) = [f for f in checkpoint.newest_first(run / "checkpoints") if f.name == "step-000001"]
