@@ -6,7 +6,6 @@
 """
 
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -30,8 +29,6 @@ from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.run import AT_A_TIME, CHECKPOINTS, Run
 from diffrl.stop import StopSignals
 
-_ELSEWHERE = "Give another root=FOLDER, or make room, and begin again."
-
 
 def train(config: Config) -> Path:
     """Fit the reward if it is a learned one, train the policy, and return the run's folder.
@@ -51,9 +48,6 @@ def train(config: Config) -> Path:
                 f"name=..., or 'diffrl train --resume {folder}' for it as it is."
             )
         return _resume(folder, config, begin)
-    with disk.told(folder, _ELSEWHERE):  # before a reward is fitted for minutes
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder.parent).close()
     setup, policy, reward = pretrained(config)
     run = Run(setup, policy, reward, folder)
     processes.wait()  # until all have seen that it is not there
@@ -62,8 +56,8 @@ def train(config: Config) -> Path:
         for left in folder.parent.glob(f".{folder.name}.draft-*"):  # of one that was killed right here
             shutil.rmtree(left, ignore_errors=True)
         draft = folder.with_name(f".{folder.name}.draft-{uuid.uuid4().hex}")
-        with disk.told(draft, _ELSEWHERE):
-            draft.mkdir()
+        with disk.told(draft, "Make room, or give another root=FOLDER, and begin again."):
+            draft.mkdir(parents=True)
             settings.write(config, draft / CONFIG_FILE)
             if isinstance(reward, LogLikelihood):
                 reward.save(draft / CLASSIFIER_FILE)

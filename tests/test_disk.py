@@ -91,8 +91,7 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_one_before_it_intact(small):
     assert written(place, 3, update=3).name == "step-000003"
 
 
-def test_a_root_that_is_a_file_is_one_line_before_anything_is_fitted(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("diffrl.train.pretrained", None)
+def test_a_root_that_is_a_file_is_one_line(tmp_path, capfd):
     (tmp_path / "file").write_text("")
     line = failed(capfd, "train", *WORDS, f"root={tmp_path}/file/runs", "name=run")
     assert "Not a directory" in line
