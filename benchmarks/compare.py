@@ -234,6 +234,10 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
     _drop_other(folder / cell.name, settings)
     begin = time.perf_counter()
     trained = train.train(settings)
+    if settings.algo.updates and not train.is_done(trained):  # a signal came, which the suite was meant by
+        raise SystemExit(
+            f"{trained}: stopped before its end; the suite goes on with it when it is run again."
+        )
     record = asdict(cell) | {
         "command": shlex.join(["diffrl", "train", *cell.words]),
         "minutes": (time.perf_counter() - begin) / 60,

@@ -11,8 +11,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffrl import checkpoint, disk, processes, weights
 from diffrl import config as settings
-from diffrl import disk, processes, weights
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
 from diffrl.log import RunLog, console
@@ -97,6 +97,12 @@ def is_of(folder: Path, config: Config) -> bool:
         DiffRLError: there is no run, or its settings cannot be read.
     """
     return settings.same(settings.facts(settings_of(folder)), config)
+
+
+def is_done(folder: Path) -> bool:
+    """Return whether the run in a folder has come to its end, and was not stopped on the way."""
+    last = next(checkpoint.newest_first(folder / CHECKPOINTS))
+    return bool(checkpoint.read(last).state["done"])
 
 
 def _resume(folder: Path, config: Config, begin: float) -> Path:

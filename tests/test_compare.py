@@ -47,6 +47,17 @@ def done(tmp_path_factory):
     return path
 
 
+def test_a_cell_that_a_signal_stopped_is_not_taken_for_finished(tmp_path, monkeypatch):
+    cell = suites.Cell("ctrl", 0, [*SETTINGS, "algo=ctrl", "seed=0"])
+    settings = compare._settings(cell, tmp_path)
+    monkeypatch.setattr(compare.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(compare.train, "train", lambda _: tmp_path / cell.name)
+    monkeypatch.setattr(compare.train, "is_done", lambda _: False)
+    with pytest.raises(SystemExit, match="stopped before its end"):
+        compare._run(cell, settings, {"threads": 1})
+    assert not (tmp_path / cell.name / compare._CELL_FILE).exists()
+
+
 class TestSuiteFile:
     def test_an_unknown_key_is_named_with_the_nearest(self, tmp_path, capsys):
         message = fails(capsys, *words(write(tmp_path, seed=3)))

@@ -18,7 +18,7 @@ from diffrl.errors import DiffRLError
 from diffrl.log import RunLog
 from diffrl.restore import settings_of
 from diffrl.run import Run
-from diffrl.train import resume
+from diffrl.train import is_done, resume
 
 UPDATES = 4
 SMALL = [
@@ -97,9 +97,11 @@ def test_stopped_and_resumed_it_is_the_run_that_never_was(name, words, tmp_path,
         command = words(name, tmp_path / "parts", "resume=auto")
         assert main(command) == (130 if number == signal.SIGINT else 0)
         again()
+        assert not is_done(tmp_path / "parts" / "run")
         assert f"stopped after update {stop + 1}. Go on with" in " ".join(capsys.readouterr().out.split())
     assert resume(tmp_path / "parts" / "run") == tmp_path / "parts" / "run"
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+    assert is_done(parts)
     assert numbers(whole) == numbers(parts)
     assert bits(whole) == bits(parts)
 
