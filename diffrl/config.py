@@ -187,6 +187,23 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise DiffRLError(f"{path}: cannot be read as a run's settings ({reason}).") from error
 
 
+def read_env(path: Path) -> Any:
+    """Return the settings of a run's env alone: a stranger's file, of which nothing is imported.
+
+    Raises:
+        DiffRLError: no such file, one that is damaged, an env that does not come with diffrl.
+    """
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if (name := stored["_env"]) not in GROUPS["env"]:
+            raise ValueError(f"its env {name!r} is none that comes with diffrl")
+        composed = _compose([f"env={name}"])
+        return to_objects(OmegaConf.merge(composed, {"env": stored["env"]})).env
+    except (OSError, TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise DiffRLError(f"{path}: cannot be read as a run's settings ({reason}).") from error
+
+
 def write(config: Config, path: Path) -> None:
     """Write every setting as YAML, with the names of the chosen components."""
     draft = path.with_name(f".{path.name}.draft")

@@ -6,7 +6,7 @@ Shapes: N pictures of P prompts, A attributes of a label, E width of the time em
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -19,7 +19,7 @@ from diffrl.config import Config
 from diffrl.envs.sd15 import SD15
 from diffrl.errors import DiffRLError
 from diffrl.policy import LabelEmbedding
-from diffrl.restore import settings_of
+from diffrl.restore import env_of, settings_of
 from diffrl.schedule import make_scheduler
 from diffrl.types import check_range
 
@@ -53,7 +53,7 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
         Raises:
             DiffRLError: no such run, no such model, or they do not fit.
         """
-        env = picture_settings(Path(folder)).env
+        env = _picture_env(Path(folder))
         pipeline = of_model(cls, model or env.model, None if model else env.revision)
         return pipeline._load(Path(folder), env)
 
@@ -69,7 +69,7 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
         Raises:
             DiffRLError: a file missing or damaged, or of another model.
         """
-        return self._load(Path(folder), picture_settings(Path(folder)).env)
+        return self._load(Path(folder), _picture_env(Path(folder)))
 
     def _load(self, folder: Path, env: SD15) -> Self:
         width = self.unet.time_embedding.linear_2.out_features
@@ -203,6 +203,17 @@ def call_settings(env: SD15) -> dict[str, Any]:
 def picture_settings(folder: Path) -> Config:
     """Return the settings of a run whose model draws pictures."""
     config = settings_of(folder)
-    if not isinstance(config.env, SD15):
-        raise DiffRLError(f"{folder}: its model draws points, not pictures; there is no pipeline for it.")
+    _check_pictures(folder, config.env)
     return config
+
+
+def _picture_env(folder: Path) -> SD15:
+    """Return the same of the env alone, without the reward, which may be a file of the user's own."""
+    env = env_of(folder)
+    _check_pictures(folder, env)
+    return cast(SD15, env)
+
+
+def _check_pictures(folder: Path, env: Any) -> None:
+    if not isinstance(env, SD15):
+        raise DiffRLError(f"{folder}: its model draws points, not pictures; there is no pipeline for it.")

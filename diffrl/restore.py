@@ -64,9 +64,18 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Rewar
 
 def settings_of(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the settings of the run in a folder, with some `key=value` words that go before them."""
+    return settings.read(_config_file(path), overrides)
+
+
+def env_of(path: Path) -> Any:
+    """Return the settings of the env alone, of a run or an export whoever made it: nothing is imported."""
+    return settings.read_env(_config_file(path))
+
+
+def _config_file(path: Path) -> Path:
     if not path.is_dir():
         raise DiffRLError(f"{path}: no such run. 'ls runs' shows those in the default place.")
-    return settings.read(path / CONFIG_FILE, overrides)
+    return path / CONFIG_FILE
 
 
 def untrained(path: Path, config: Config) -> tuple[Setup, Policy, Reward]:

@@ -1,11 +1,13 @@
 """The pipeline against `diffrl sample` and against stock diffusers."""
 
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import assert_close, tiny_checkpoint
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -55,6 +57,24 @@ def test_it_draws_what_sample_draws(pipe, sampler, guidance, scale, label):
     theirs = sampled(sampler, 3, [-1 if label is None else label], scale=scale, guidance=guidance)
     options = {"label": label, "control_scale": scale, "guidance_scale": guidance}
     assert_close(pictures(pipe, num_images_per_prompt=3, **options), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", ["reward", "algo", "env"])
+def test_a_folder_of_a_stranger_runs_no_code(learnt_run, tmp_path, group):
+    folder = tmp_path / "theirs"
+    shutil.copytree(learnt_run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    stored["_" + group] = "custom"
+    stored[group]["chosen_by"] = f"{folder}/evil.py:f"
+    (folder / "config.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
+    if group == "env":
+        with pytest.raises(DiffRLError, match="its env 'custom' is none that comes with diffrl"):
+            ControlledStableDiffusionPipeline.from_run(folder)
+    else:
+        pipe = quiet(ControlledStableDiffusionPipeline.from_run(folder))
+        assert pictures(pipe, label=1).shape == (1, 3, 16, 16)
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_label_strength_and_noise_each_change_the_pictures(pipe):
