@@ -245,9 +245,10 @@ def same(stored: Mapping[str, Any], config: Config) -> bool:
 
 def changed(stored: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
     """Return what `stored`, from `facts`, and `config` each have, of the settings that differ."""
-    composed = _compose([f"{group}={chosen(config, group)}" for group in GROUPS])
-    defaults = _flat(OmegaConf.to_container(composed))  # type: ignore[arg-type]
-    now, then = _flat(facts(config)), _flat(stored)
+    now, then, defaults = _flat(facts(config)), _flat(stored), {}
+    if now.keys() - then.keys():
+        composed = _compose([f"{group}={chosen(config, group)}" for group in GROUPS])
+        defaults = _flat(OmegaConf.to_container(composed))  # type: ignore[arg-type]
     both = {name: (then.get(name, defaults.get(name)), now.get(name)) for name in [*now, *then]}
     return {name: pair for name, pair in both.items() if pair[0] != pair[1] or name not in now}
 

@@ -245,10 +245,14 @@ class Run:
         self.done = state["done"]
         self.guards.load_state_dict(state["guards"])
         for name, (then, now) in settings.changed(state.get("settings", self.facts), self.config).items():
-            if name not in AT_A_TIME:
+            if name.endswith("chosen_by"):  # a fault in it may be what stopped the run
+                console.print(
+                    f"[bold yellow]{folder}[/]: your own file was edited since; it goes on with it."
+                )
+            elif name not in AT_A_TIME:
                 raise DiffRLError(
-                    f"{folder}: {name} was {then} when it was saved, and is {now} now, in {CONFIG_FILE} or "
-                    "the file that it names. Put it back, or train under another name."
+                    f"{folder}: {name} was {then} when it was saved, and is {now} now, in {CONFIG_FILE}. "
+                    "Put it back, or train under another name."
                 )
         claims = self._claims()
         for name, then in stored.claims.items():
