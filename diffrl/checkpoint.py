@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from diffrl import disk
 from diffrl.errors import DiffRLError
 
 MANIFEST = "manifest.json"
@@ -84,9 +85,9 @@ def write(
         for name, content in contents.items():
             _write(draft / name, content)
         _write(draft / MANIFEST, _manifest(step, contents, claims or {}))
-        _sync(draft)
+        disk.sync(draft)
         os.rename(draft, folder)
-        _sync(parent)
+        disk.sync(parent)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         advice = "There is none before it; make room, and begin again."
@@ -179,15 +180,6 @@ def _write(path: Path, content: bytes) -> None:
     try:
         while content:
             content = content[os.write(handle, content) :]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -23,6 +23,7 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffrl import disk
 from diffrl.algorithms.guidance.base import Unguided
 from diffrl.backbones.loading import fingerprint
 from diffrl.components import CUSTOM, GROUPS, content, installed, register, word_of
@@ -208,6 +209,7 @@ def write(config: Config, path: Path) -> None:
     """Write every setting as YAML, with the names of the chosen components."""
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(yaml.safe_dump(_stored(config), sort_keys=False), encoding="utf-8")
+    disk.sync(draft)
     draft.replace(path)
 
 

@@ -1,4 +1,4 @@
-"""A disk that is full, or may not be written to: told in one line, with the way to go on."""
+"""The disk: what it refuses is told in one line, with the way to go on; what it holds can be made sure."""
 
 import errno
 import os
@@ -37,6 +37,15 @@ def told(place: Path | None = None, advice: str = "") -> Iterator[None]:
         where = getattr(error, "filename", None) or place
         reason = f"{where}: {os.strerror(number)}." if where else f"{os.strerror(number)}."
         raise DiffRLError(f"{reason} {advice}".rstrip()) from error
+
+
+def sync(path: Path) -> None:
+    """Make what a file holds, or the names in a folder, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _number(error: SafetensorError) -> int:

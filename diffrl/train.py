@@ -9,9 +9,10 @@ import shutil
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from diffrl import checkpoint, disk, processes, weights
+from diffrl import checkpoint, disk, lock, processes, weights
 from diffrl import config as settings
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
@@ -51,21 +52,24 @@ def train(config: Config) -> Path:
     setup, policy, reward = pretrained(config)
     run = Run(setup, policy, reward, folder)
     processes.wait()  # until all have seen that it is not there
-    if processes.is_first():
-        # under another name until it has a checkpoint: a run that is there can be resumed
-        for left in folder.parent.glob(f".{folder.name}.draft-*"):  # of one that was killed right here
-            shutil.rmtree(left, ignore_errors=True)
-        draft = folder.with_name(f".{folder.name}.draft-{uuid.uuid4().hex}")
-        with disk.told(draft, "Make room, or give another root=FOLDER, and begin again."):
-            draft.mkdir(parents=True)
-            settings.write(config, draft / CONFIG_FILE)
-            if isinstance(reward, LogLikelihood):
-                reward.save(draft / CLASSIFIER_FILE)
-                console.print(describe(reward))
-            run.save(draft / CHECKPOINTS)
-            draft.rename(folder)
-    processes.wait()
-    return _finish(run, begin)
+    with ExitStack() as until_done:
+        if processes.is_first():
+            # under another name until it has a checkpoint: a run that is there can be resumed
+            _sweep_drafts(folder)
+            draft = folder.with_name(f".{folder.name}.draft-{uuid.uuid4().hex}")
+            with disk.told(draft, "Make room, or give another root=FOLDER, and begin again."):
+                draft.mkdir(parents=True)
+                until_done.enter_context(lock.held(draft))
+                settings.write(config, draft / CONFIG_FILE)
+                if isinstance(reward, LogLikelihood):
+                    reward.save(draft / CLASSIFIER_FILE)
+                    disk.sync(draft / CLASSIFIER_FILE)
+                    console.print(describe(reward))
+                run.save(draft / CHECKPOINTS)
+                disk.sync(draft)
+                _rename(draft, folder)
+        processes.wait()
+        return _finish(run, begin)
 
 
 def resume(folder: Path, overrides: Sequence[str] = ()) -> Path:
@@ -106,15 +110,16 @@ def is_done(folder: Path) -> bool:
 
 
 def _resume(folder: Path, config: Config, begin: float) -> Path:
-    run = Run(*untrained(folder, config), folder)
-    run.load(folder / CHECKPOINTS)
-    if run.done:
-        console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
-        return folder
-    if processes.is_first():
-        settings.write(config, folder / CONFIG_FILE)  # as it goes on
-    console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
-    return _finish(run, begin)
+    with lock.held(folder):
+        run = Run(*untrained(folder, config), folder)
+        run.load(folder / CHECKPOINTS)
+        if run.done:
+            console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
+            return folder
+        if processes.is_first():
+            settings.write(config, folder / CONFIG_FILE)  # as it goes on
+        console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
+        return _finish(run, begin)
 
 
 def _finish(run: Run, begin: float) -> Path:
@@ -145,8 +150,31 @@ def _folder(config: Config) -> Path:
     parts = [settings.chosen(config, group) for group in ("algo", "env", "reward")]
     folder = Path(config.root) / (config.name or "-".join([*parts, f"seed{config.seed}"]))
     if folder.exists() and config.resume != "auto":
-        raise DiffRLError(
-            f"{folder}: the run directory exists. Go on with it by resume=auto, give another with "
-            "name=..., or delete it."
-        )
+        raise _is_there(folder)
     return folder
+
+
+def _is_there(folder: Path) -> DiffRLError:
+    return DiffRLError(
+        f"{folder}: the run directory exists. Go on with it by resume=auto, give another with name=..., or "
+        "delete it."
+    )
+
+
+def _sweep_drafts(folder: Path) -> None:
+    """Delete what is left of a run's starts that were killed before it had its name; a live one is held."""
+    for draft in folder.parent.glob(f".{folder.name}.draft-*"):
+        with suppress(DiffRLError, OSError), lock.held(draft):
+            shutil.rmtree(draft)
+
+
+def _rename(draft: Path, folder: Path) -> None:
+    """Give a new run its name, unless another process has begun one of that name meanwhile."""
+    try:
+        draft.rename(folder)
+        disk.sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if folder.exists():
+            raise _is_there(folder) from error
+        raise

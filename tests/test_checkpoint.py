@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from diffrl import checkpoint
+from diffrl import checkpoint, disk
 from diffrl.errors import DiffRLError
 
 TENSORS = {"policy.0": torch.arange(6.0).reshape(2, 3), "optimizer.0.step": torch.tensor(3.0)}
@@ -51,6 +51,12 @@ class FaultyOS:
         return operation
 
 
+def put(patch, faulty):
+    """Have the two modules whose operations make up a save go through `faulty`."""
+    for module in (checkpoint, disk):
+        patch.setattr(module, "os", faulty)
+
+
 def fails_with(number):
     def fault(real, name, *arguments):
         if name == "close":  # it closes all the same
@@ -76,7 +82,7 @@ def dies(real, name, *arguments):
 def number_of_operations(tmp_path, monkeypatch):
     counter = FaultyOS(0, None)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "os", counter)
+        put(patch, counter)
         written(tmp_path / "counted")
     return counter.count
 
@@ -134,7 +140,7 @@ def test_whichever_operation_of_a_save_fails_the_checkpoint_before_it_is_there(
         parent = tmp_path / str(at)
         written(parent)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "os", FaultyOS(at, fails_with(number)))
+            put(patch, FaultyOS(at, fails_with(number)))
             with pytest.raises(
                 DiffRLError, match=r"the checkpoint cannot be written \(.*\)\. Those before"
             ):
@@ -147,7 +153,7 @@ def test_whichever_operation_of_a_save_fails_the_checkpoint_before_it_is_there(
 def test_a_short_write_is_gone_on_with(tmp_path, monkeypatch):
     for at in range(1, number_of_operations(tmp_path, monkeypatch) + 1):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "os", FaultyOS(at, writes_short))
+            put(patch, FaultyOS(at, writes_short))
             written(tmp_path / str(at), 2, update=2)
         assert readable(tmp_path / str(at)) == 2
 
@@ -160,7 +166,7 @@ def test_killed_at_any_operation_it_leaves_the_old_or_the_new(tmp_path, monkeypa
         written(parent)
         child = os.fork()
         if not child:  # no exception may pass: pytest would run on in two processes
-            checkpoint.os = FaultyOS(at, dies)
+            checkpoint.os = disk.os = FaultyOS(at, dies)
             written(parent, 2, update=2)
             os._exit(0)
         _, status = os.waitpid(child, 0)
