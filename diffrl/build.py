@@ -14,10 +14,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from diffrl import __version__, datasets, memory, processes
+from diffrl import __version__, datasets, guards, memory, processes
 from diffrl import config as settings
 from diffrl.algorithms.base import check_choice
-from diffrl.algorithms.guidance.base import Guidance
+from diffrl.algorithms.guidance.base import Guidance, Unguided
 from diffrl.algorithms.untrained import Untrained
 from diffrl.cache import cache_folder
 from diffrl.config import Config
@@ -242,6 +242,14 @@ def check(config: Config) -> None:
         raise DiffRLError(
             f"patience={config.patience} keep_best=null: better by what? Give keep_best=eval/accuracy, or "
             "another name in metrics.jsonl."
+        )
+    if config.keep_best is not None:
+        num_dims = getattr(config.env, "num_dims", None)
+        guards.check_metric(
+            config.keep_best,
+            pictures=num_dims is None,
+            labels=is_learned(config.reward),
+            exact=num_dims == 1 and isinstance(config.guidance, Unguided),
         )
     if config.clip is not None:
         load_clip(config.clip)  # kept for the evaluations, or refused before anything is trained

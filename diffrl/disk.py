@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,17 @@ def told(place: Path | None = None, advice: str = "") -> Iterator[None]:
         where = getattr(error, "filename", None) or place
         reason = f"{where}: {os.strerror(number)}." if where else f"{os.strerror(number)}."
         raise DiffRLError(f"{reason} {advice}".rstrip()) from error
+
+
+def probe(folder: Path) -> None:
+    """Raise OSError where nothing can be written in a folder, there already or not; nothing is left."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+    except OSError as error:
+        error.filename = str(there)  # instead of the drawn name
+        raise
 
 
 def sync(path: Path) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 
 from diffrl.errors import DiffRLError, unknown
 
+_PICTURES = ("reward_mean", "prompt_fidelity", "clip_score", "diversity", "kl_nats", "brisque")
+_LABELS = ("accuracy", "macro_f1", "mean_logp")
+_EXACT = ("gap_nats", "gap_gaussian_nats", "tv", "log_prob", "kl_nats")
+_SAMPLED = ("log_prob",)
 _LOWER_IS_BETTER = {"kl_nats", "brisque", "gap_nats", "gap_gaussian_nats", "tv"}
 
 # Chosen on the emoji model (benchmarks/results/emoji.json). Over the pretrained model's, prompt fidelity is
@@ -41,13 +45,19 @@ class Guards:
         self.reference: dict[str, float] = {}  # what the first evaluation measured: the pretrained model
         self.sounding: list[str] = []  # what is out of bounds, so that it is told of once
 
-    def judge(self, update: int, measures: Mapping[str, Any]) -> tuple[str, bool]:
+    def judge(self, update: int, measures: Mapping[str, Any], *, last: bool = False) -> tuple[str, bool]:
         """Remember an evaluation; return the warning that it deserves, or "", and whether that is new.
+
+        Args:
+            update: after which it was.
+            measures: of it.
+            last: of the weights that are kept, on more pictures: it is held against no other.
 
         Raises:
             DiffRLError: the metric of the best is not among the measures.
         """
-        self._compare(update, measures)
+        if not last:
+            self._compare(update, measures)
         numbers = {name: value for name, value in measures.items() if isinstance(value, int | float)}
         if not self.reference:
             self.reference = numbers
@@ -95,6 +105,23 @@ class Guards:
             self.best, self.best_update, self.stale = float(value), update, 0
         else:
             self.stale += 1
+
+
+def check_metric(metric: str, *, pictures: bool, labels: bool, exact: bool) -> None:
+    """Raise DiffRLError unless an evaluation has this metric and one value of it is better than another.
+
+    Args:
+        metric: as it is named in `metrics.jsonl`; an attribute of the label in it is not looked at.
+        pictures: whether the model draws them, and not points.
+        labels: whether the reward is log p(y|x).
+        exact: whether the model is solved, where it draws points.
+    """
+    kind, names = ("eval", _PICTURES + _LABELS * labels) if pictures else ("sampled", _SAMPLED)
+    if exact and not pictures:
+        kind, names = "exact", _EXACT
+    asked, _, name = metric.partition("/")
+    if asked != kind or name.rpartition("/")[2] not in names:
+        raise unknown("keep_best", metric, [f"{kind}/{name}" for name in names])
 
 
 def suspicions(reference: Mapping[str, float], measures: Mapping[str, float]) -> dict[str, str]:

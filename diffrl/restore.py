@@ -40,11 +40,10 @@ def measure(
     return evaluate(actor, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge, clip=clip)
 
 
-def pretrained(config: Config) -> tuple[Setup, Policy, Reward]:
-    """Return the model of these settings with nothing learnt yet, and its reward, fitted if it must be."""
-    setup = Setup(config)
+def pretrained(setup: Setup) -> tuple[Policy, Reward]:
+    """Return the model of a setup with nothing learnt yet, and its reward, fitted if it must be."""
     policy = setup.make_policy(setup.num_classes())
-    return setup, policy, setup.make_reward(policy)
+    return policy, setup.make_reward(policy)
 
 
 def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Reward]:

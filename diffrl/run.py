@@ -104,6 +104,11 @@ class Run:
                 if stopped:
                     return
         self.average.apply()
+        if self.guards.metric is not None:
+            if not self.guards.exhausted:  # else it is among those judged
+                self._evaluate(log)
+            if self.guards.best is not None:
+                weights.load(self.policy, self.folder)  # the best's
         self._evaluate(log, last=True)
         self.log_size, self.done = log.size(), True
         self.save(self.folder / CHECKPOINTS)
@@ -266,17 +271,22 @@ class Run:
         if processes.is_first():
             with memory.told(AT_A_TIME[1], self.config.eval_batch, self.folder):
                 measures = self._measure(log, last=last)
-            warning, new = self.guards.judge(self.update, measures)
+            warning, new = self.guards.judge(self.update, measures, last=last)
             if new:
                 console.print(f"[bold yellow]update {self.update}[/]: {warning}")
-            told = {"guard/warning": warning} if warning else {}
+            told: dict[str, Any] = {"guard/warning": warning} if warning else {}
+            if last and self.guards.best is not None:
+                told["guard/best_update"] = self.guards.best_update
             log.write(self.update, measures | told | self.spent)
             if self.guards.keeps(self.update):
                 weights.save(self.policy, self.folder)  # a killed run keeps what was measured here
         self.guards.load_state_dict(processes.gathered([self.guards.state_dict()])[0])  # the first one's
 
     def _measure(self, log: RunLog, *, last: bool) -> dict[str, Any]:
-        """Return what the policy is like now; the last time of more pictures. Draw and print it as well."""
+        """Return what the policy is like now; the last time of more pictures. Draw and print it as well.
+
+        The last time its weights are those that the run keeps.
+        """
         update, config = self.update, self.config
         if self.mixture is not None:
             return self.mixture.report(update, log)

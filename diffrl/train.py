@@ -1,8 +1,8 @@
 """From settings to a finished run: begun, stopped, gone on with; and the folder it is in.
 
 `runs/<name>/`: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `pictures/`, `classifier.safetensors`,
-`checkpoints/`, and of the last evaluation, or the best, `pytorch_lora_weights.safetensors` and
-`control.safetensors`.
+`checkpoints/`, `.lock` (see `diffrl.lock`), and of the last evaluation, or the best,
+`pytorch_lora_weights.safetensors` and `control.safetensors`.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from diffrl import checkpoint, disk, lock, processes, weights
 from diffrl import config as settings
+from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
 from diffrl.log import RunLog, console
@@ -29,6 +30,8 @@ from diffrl.restore import (
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.run import AT_A_TIME, CHECKPOINTS, Run
 from diffrl.stop import StopSignals
+
+_ELSEWHERE = "Make room, or give another root=FOLDER, and begin again."
 
 
 def train(config: Config) -> Path:
@@ -49,7 +52,11 @@ def train(config: Config) -> Path:
                 f"name=..., or 'diffrl train --resume {folder}' for it as it is."
             )
         return _resume(folder, config, begin)
-    setup, policy, reward = pretrained(config)
+    setup = Setup(config)
+    if processes.is_first():
+        with disk.told(folder.parent, _ELSEWHERE):  # before the fit, which may take long
+            disk.probe(folder.parent)
+    policy, reward = pretrained(setup)
     run = Run(setup, policy, reward, folder)
     processes.wait()  # until all have seen that it is not there
     with ExitStack() as until_done:
@@ -57,7 +64,7 @@ def train(config: Config) -> Path:
             # under another name until it has a checkpoint: a run that is there can be resumed
             _sweep_drafts(folder)
             draft = folder.with_name(f".{folder.name}.draft-{uuid.uuid4().hex}")
-            with disk.told(draft, "Make room, or give another root=FOLDER, and begin again."):
+            with disk.told(draft, _ELSEWHERE):
                 draft.mkdir(parents=True)
                 until_done.enter_context(lock.held(draft))
                 settings.write(config, draft / CONFIG_FILE)

@@ -83,6 +83,7 @@ class TestTrain:
             "metrics.jsonl",
             "tensorboard",
             "pictures",
+            ".lock",
             "checkpoints",
             "classifier.safetensors",
             "pytorch_lora_weights.safetensors",

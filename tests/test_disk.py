@@ -91,11 +91,17 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_one_before_it_intact(small):
     assert written(place, 3, update=3).name == "step-000003"
 
 
-def test_a_root_that_is_a_file_is_one_line(tmp_path, capfd):
+def test_a_root_that_is_a_file_is_one_line_before_anything_is_fitted(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("diffrl.train.pretrained", lambda setup: pytest.fail("the hours of a fit"))
     (tmp_path / "file").write_text("")
     line = failed(capfd, "train", *WORDS, f"root={tmp_path}/file/runs", "name=run")
-    assert "Not a directory" in line
+    assert line.startswith(f"diffrl: {tmp_path}/file: Not a directory. ")
     assert "another root" in line
+
+
+def test_a_probe_leaves_nothing(tmp_path):
+    disk.probe(tmp_path / "not" / "there")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

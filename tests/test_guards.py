@@ -6,8 +6,9 @@ import math
 import pytest
 from test_cli import fails
 
-from diffrl import checkpoint, guards
+from diffrl import checkpoint, config, guards
 from diffrl.algorithms.ddpo import DDPO
+from diffrl.build import check
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
 from diffrl.guards import Guards, suspicions
@@ -153,8 +154,9 @@ class TestRuns:
         run = tmp_path / "run"
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         measured = [(line["update"], line["exact/kl_nats"]) for line in lines if "exact/kl_nats" in line]
-        assert [update for update, _ in measured] == [0, 2, 4, 4]  # the last one is of an end
-        assert measured[0][1] == 0 < min(kl for _, kl in measured[1:])
+        assert [update for update, _ in measured] == [0, 2, 4, 4]  # the last one is of what is kept
+        assert measured[0][1] == measured[3][1] == 0 < min(kl for _, kl in measured[1:3])
+        assert lines[-1]["guard/best_update"] == 0
         steps = [checkpoint.step_of(folder) for folder in checkpoint.newest_first(run / "checkpoints")]
         assert steps == [4, 0]
         assert main(["eval", str(run), "--json"]) == 0
@@ -179,8 +181,37 @@ class TestRuns:
         assert warned[2].startswith("reward rose from -")
         assert warned[2].endswith(f": this looks like reward hacking. {DDPO.restraint}")
 
-    def test_mistakes_are_named(self, words, capsys):
+    def test_mistakes_are_named(self, words, tmp_path, capsys):
         assert "patience=2 keep_best=null: better by what?" in fails(capsys, *words, "patience=2")
         assert "patience=0: must be 1 or more" in fails(capsys, *words, "patience=0", "keep_best=exact/tv")
         line = fails(capsys, *words, "keep_best=exact/gap")
         assert "keep_best=exact/gap: no such keep_best. Did you mean 'exact/gap_nats'?" in line
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "metric", "instead"),
+        [
+            (["reward=jpeg"], "eval/reward_mean", "eval/accuracy"),  # a black box has no labels
+            ([], "eval/compressibility/accuracy", "eval/nfe_per_image"),  # no number of calls is the best
+            ([], "eval/brisque", "exact/tv"),
+            (["env=gaussian_mixture"], "exact/log_prob", "sampled/log_prob"),
+            (["env=gaussian_mixture", "guidance=smc"], "sampled/log_prob", "exact/log_prob"),
+        ],
+    )
+    def test_what_no_evaluation_has_is_refused_before_anything_is_loaded(self, words, metric, instead):
+        words = ["algo=ddpo", *words]
+        check(config.load([*words, f"keep_best={metric}"]))
+        with pytest.raises(DiffRLError, match=f"keep_best={instead}: no such keep_best"):
+            check(config.load([*words, f"keep_best={instead}"]))
+
+    def test_the_last_weights_are_judged_as_those_before_and_the_best_ones_measured_once_more(
+        self, words, tmp_path
+    ):
+        """The log density rises all the way: the last weights are the best, judged and then measured."""
+        assert main([*words, "keep_best=exact/log_prob"]) == 0
+        text = (tmp_path / "run" / "metrics.jsonl").read_text()
+        found = [line for line in map(json.loads, text.splitlines()) if "exact/log_prob" in line]
+        best = max(found, key=lambda line: line["exact/log_prob"])
+        assert [line["update"] for line in found] == [0, 2, 4, 6, 8, 10, 12, 12]
+        assert found[-1]["exact/log_prob"] == best["exact/log_prob"]
+        assert found[-1]["guard/best_update"] == best["update"]

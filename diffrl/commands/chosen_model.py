@@ -12,13 +12,15 @@ WORDS = "a folder of 'diffrl train' and guidance=..., or settings of the pretrai
 def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Return setup, policy and reward of a run, or of the pretrained model with these settings."""
     from diffrl import config
+    from diffrl.build import Setup
     from diffrl.restore import pretrained, restore
 
     folder, words = run_folder(options.words), options.words
     prompts = getattr(options, "prompts", None)
     if folder is None:
         words = ["algo=none", *words, *([f"eval_prompts={prompts}"] if prompts else [])]
-        setup, policy, reward = pretrained(config.load(words))
+        setup = Setup(config.load(words))
+        policy, reward = pretrained(setup)
     else:
         overrides: dict[str, Any] = {"eval_prompts": prompts} if prompts else {}
         if guided := words[1:]:
