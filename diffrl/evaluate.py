@@ -20,6 +20,7 @@ from diffrl.quality import brisque, clip_score, diversity, image_statistics
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES, Measure
 from diffrl.rewards.prompt_fidelity import PromptFidelity
+from diffrl.rewards.scoring import score
 from diffrl.rollout import rollout
 from diffrl.types import NO_LABEL, Reward, every_label
 
@@ -32,20 +33,22 @@ def evaluate(
     seed: int = 42,
     judge: PromptFidelity | None = None,
     clip: str | None = None,
+    stand_in: Reward | None = None,
 ) -> dict[str, Any]:
     """Return the measures of a policy, guided or not, over `num_pictures` of the actor's env.
 
     Of any reward: its mean and standard deviation, KL in nats (null where a step has no density), the
     measures of `diffrl.quality`, prompt fidelity where there is a judge, cost. Of a control, with labels in
-    equal blocks, what `_control` and `_optimality` return. Noise and prompts come from `seed` alone: an
-    evaluation neither reads nor moves a generator of training.
+    equal blocks, what `_control` and `_optimality` return, and the accuracy that the classifier claims, its
+    mean p(y|x). Of a `stand_in` that was trained on in the reward's place, the mean that it claims. Noise
+    and prompts come from `seed` alone: an evaluation neither reads nor moves a generator of training.
     """
     env = actor.env
     generator = torch.Generator(env.device).manual_seed(seed)
     labels = every_label(env.reward.num_classes)
     target = labels[torch.arange(num_pictures) * len(labels) // num_pictures]
     reference = actor.policy.reference if env.schedule.eta > 0 else None
-    rewards, kl, drawn = [], [], []
+    rewards, kl, drawn, claimed = [], [], [], []
     prompts: list[str] = []
     at_once = env.num_envs // actor.population
     for start in range(0, num_pictures, at_once):
@@ -59,6 +62,9 @@ def evaluate(
         if trajectory.kl is not None:
             kl.append(trajectory.kl.sum(0)[kept].cpu())
         drawn.append(trajectory.images[kept].cpu())
+        if stand_in is not None:
+            context = trajectory.context.rows(kept)
+            claimed.append(score(stand_in, trajectory.images[kept], context).detach().cpu())
         prompts += [trajectory.context.prompts[i] for i in kept.tolist()]
     images = torch.cat(drawn)
     reward = torch.cat(rewards)
@@ -71,8 +77,11 @@ def evaluate(
     if isinstance(env.reward, LogLikelihood):
         measures |= _control(env.reward, target, env.reward.true_class(images))
         measures["mean_logp"] = float(reward.mean())
+        measures["claimed_accuracy"] = float(reward.exp().mean())
         if kl:
             measures |= _optimality(env.reward, target, gamma * reward - torch.cat(kl), gamma)
+    if claimed:
+        measures["claimed_reward"] = float(torch.cat(claimed).mean())
     if judge is not None:
         measures["prompt_fidelity"] = float(judge(images.to(env.device), prompts).float().mean())
     measures |= {

@@ -28,7 +28,9 @@ def measure(
     """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
     if isinstance(reward, ClosedForm):
         return MixtureEvaluation(setup, policy, reward).measure(seed)
+    stand_in = None
     if isinstance(reward, OnlineSurrogateReward) and not setup.config.guidance.needs_gradient:
+        stand_in = reward if reward.num_queries else None
         reward = reward.of  # a surrogate is judged by what it stands for
     actor = setup.make_guided(policy, reward, num_pictures)
     gamma = setup.target_gamma
@@ -37,7 +39,15 @@ def measure(
     if judge is not None:
         judge.to(setup.device)
     clip = setup.config.clip
-    return evaluate(actor, num_pictures=num_pictures, gamma=gamma, seed=seed, judge=judge, clip=clip)
+    return evaluate(
+        actor,
+        num_pictures=num_pictures,
+        gamma=gamma,
+        seed=seed,
+        judge=judge,
+        clip=clip,
+        stand_in=stand_in,
+    )
 
 
 def pretrained(setup: Setup) -> tuple[Policy, Reward]:

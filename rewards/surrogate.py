@@ -50,11 +50,16 @@ class OnlineSurrogateReward:
 
     def __call__(self, images: Tensor, context: Context) -> Tensor:
         """Return the predicted reward, `[N]`."""
-        if not len(self._scores):
+        if not self.num_queries:
             return 0 * images.mean((1, 2, 3))
         net = self._net.to(images.device)
         standard = net.logits(net.features(images))[:, 0]
         return self._scores.mean() + self._scores.std(unbiased=False) * standard
+
+    @property
+    def num_queries(self) -> int:
+        """So many pictures the true reward was asked about."""
+        return len(self._scores)
 
     def observe(self, parts: Sequence[tuple[Tensor, Context]]) -> dict[str, float]:
         """Ask the true reward about pictures just drawn, as long as queries are left, and refit.
@@ -66,7 +71,7 @@ class OnlineSurrogateReward:
             mean square error of the prediction on them before it knew them.
         """
         place = processes.place(sum(len(images) for images, _ in parts))
-        left = self.queries - len(self._scores) - place.start
+        left = self.queries - self.num_queries - place.start
         seen, scores, guesses = [self._seen[:0]], [self._scores[:0]], [self._scores[:0]]
         with torch.no_grad():
             for images, context in parts:
@@ -80,11 +85,11 @@ class OnlineSurrogateReward:
         new = [processes.joined(torch.cat(values)) for values in (seen, scores, guesses)]
         metrics = {}
         if len(new[1]):
-            if len(self._scores):
+            if self.num_queries:
                 metrics["reward/surrogate_error"] = float((new[1] - new[2]).square().mean().sqrt())
             self._seen, self._scores = torch.cat([self._seen, new[0]]), torch.cat([self._scores, new[1]])
             self._refit()
-        return metrics | {"reward/queries": float(len(self._scores))}
+        return metrics | {"reward/queries": float(self.num_queries)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the queries; the regression follows from them."""
@@ -93,7 +98,7 @@ class OnlineSurrogateReward:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up what `state_dict` returned."""
         self._seen, self._scores = state["seen"].cpu(), state["scores"].cpu()
-        if len(self._scores):
+        if self.num_queries:
             self._refit()
 
     def _untrained(self) -> Classifier:

@@ -109,6 +109,31 @@ class TestSuspicions:
         assert suspicions(PRETRAINED, after(**{name: inside})) == {}
         assert suspicions(PRETRAINED, after(**{name: outside})) == {name: words}
 
+    @pytest.mark.parametrize(
+        ("first", "now", "suspect"),
+        [
+            ((0.30, 0.25), (0.60, 0.36), False),  # .24 more than true, .05 of it from the beginning
+            ((0.30, 0.25), (0.60, 0.34), True),  # .26 and .05
+            ((0.20, 0.30), (0.60, 0.45), False),  # that it was too modest at first does not count
+            ((0.20, 0.30), (0.60, 0.35), True),
+            ((0.30, 0.40), (0.50, 0.20), True),  # the true accuracy falls while the claimed one rises
+        ],
+    )
+    def test_a_classifier_may_not_claim_what_the_true_measure_does_not_find(self, first, now, suspect):
+        before, later = (
+            {"eval/claimed_accuracy": claimed, "eval/accuracy": true} for claimed, true in (first, now)
+        )
+        found = suspicions(PRETRAINED | before, after() | later)
+        words = f"the classifier claims {now[0]:.2f} of the labels and the true measure finds {now[1]:.2f}"
+        assert found == ({"claimed_accuracy": words} if suspect else {})
+
+    @pytest.mark.parametrize(("claimed", "suspect"), [(-2.7, False), (-2.5, True)])
+    def test_a_surrogate_may_not_claim_more_than_the_truth_though_that_did_not_rise(self, claimed, suspect):
+        """Half a standard deviation of the pretrained model's rewards, 4, above the true mean, -6.6."""
+        found = suspicions(PRETRAINED, PRETRAINED | {"eval/claimed_reward": claimed})
+        words = f"the surrogate claims {claimed:.3g} and the true reward is -6.6"
+        assert found == ({"claimed_reward": words} if suspect else {})
+
     @pytest.mark.parametrize(("rise", "sure"), [(2.8, False), (2.9, True), (-5.0, False)])
     def test_the_reward_has_to_rise_by_more_than_its_noise(self, rise, sure):
         """Two errors of a difference: 2 sqrt(8^2 / 64 + 8^2 / 64) = 2.83."""
@@ -126,7 +151,7 @@ def test_a_warning_is_new_once_a_crossing():
     memory = Guards(None, None, "Lower algo.gamma.")
     hacked = after(prompt_fidelity=0.25, edge_density=0.31)
     words = (
-        "reward rose from -6.6 to -0.2, but prompt fidelity fell from 0.96 to 0.25 and edge density is 3.1 "
+        "reward went from -6.6 to -0.2, but prompt fidelity fell from 0.96 to 0.25 and edge density is 3.1 "
         "times the pretrained model's: this looks like reward hacking. Lower algo.gamma."
     )
     assert memory.judge(0, PRETRAINED) == ("", False)
@@ -178,7 +203,7 @@ class TestRuns:
         lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         warned = {line["update"]: line.get("guard/warning", "") for line in lines if "eval/n" in line}
         assert [update for update, words in warned.items() if words] == [1, 2]
-        assert warned[2].startswith("reward rose from -")
+        assert warned[2].startswith("reward went from -")
         assert warned[2].endswith(f": this looks like reward hacking. {DDPO.restraint}")
 
     def test_mistakes_are_named(self, words, tmp_path, capsys):

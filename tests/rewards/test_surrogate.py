@@ -114,6 +114,8 @@ def test_a_run_with_it_counts_its_queries_is_judged_by_the_true_reward_and_resum
     assert [line["reward/queries"] for line in lines if "reward/queries" in line] == [4, 6, 6]
     # a surrogate of nothing learnt would say 0; no JPEG file is smaller than its header, 300 bytes
     assert all(line["eval/reward_mean"] < -0.3 for line in lines if "eval/reward_mean" in line)
+    claims = ["eval/claimed_reward" in line for line in lines if "eval/reward_mean" in line]
+    assert claims == [False, True]  # before the first query it claims nothing
     shutil.copytree(tmp_path / "run", tmp_path / "stopped")
     for step in (2, 3):
         (found,) = (tmp_path / "stopped" / "checkpoints").glob(f"step-*{step}")
