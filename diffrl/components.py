@@ -237,9 +237,13 @@ def _from_file(group: str, word: str) -> type:
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[title] = importlib.util.module_from_spec(spec)  # dataclasses look there for types
+    if str(path.parent) not in sys.path:
+        sys.path.append(
+            str(path.parent)
+        )  # for what lies beside it, as when Python runs it; last, hiding nothing
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise DiffRLError(f"{group}={word}: {path} fails: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         own = {key for key, value in vars(module).items() if getattr(value, "__module__", None) == title}
@@ -270,6 +274,11 @@ def as_component(
             raise DiffRLError(f"{group}={word}: {own!r} is no class; {kind.advice}")
         own = of_function(own)
     name, doc = own.__name__, own.__doc__ or line
+    if base := _with_init(own):
+        raise DiffRLError(
+            f"{group}={word}: {base.__name__}.__init__ would never be called. Write {name}'s settings as "
+            "annotated fields with defaults, and what else it needs into __post_init__(self)."
+        )
     try:  # of an undecorated class is_dataclass() says what its base is
         settings = own if "__dataclass_fields__" in vars(own) else dataclass(own)
     except (TypeError, ValueError) as error:
@@ -291,6 +300,16 @@ def as_component(
         reason = str(error).splitlines()[0]
         raise DiffRLError(f"{group}={word}: {name} cannot have these settings: {reason}") from error
     return made
+
+
+def _with_init(own: type) -> type | None:
+    """Return which class, `own` or a base, has a constructor that somebody wrote; None if none has."""
+    for base in own.__mro__[:-1]:
+        written = vars(base).get("__init__")
+        generated = getattr(getattr(written, "__code__", None), "co_filename", "") == "<string>"
+        if written is not None and not generated and not getattr(base, "_is_protocol", False):
+            return base
+    return None
 
 
 def _by_word(group: str, word: str) -> Callable[[Any], tuple[Any, ...]]:

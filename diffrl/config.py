@@ -215,7 +215,16 @@ def write(config: Config, path: Path) -> None:
 
 def _stored(config: Config) -> dict[str, Any]:
     stored = {"_" + group: chosen(config, group) for group in GROUPS}
-    return stored | OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore
+    return stored | plain(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+
+
+def plain(value: Any) -> Any:
+    """Return a value in YAML's types: a path, which a component of somebody's may have, as a string."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def facts(config: Config) -> dict[str, Any]:

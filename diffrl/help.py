@@ -118,5 +118,5 @@ def _kind(tree: DictConfig) -> type:
 
 def _typed(value: object) -> str:
     """Return a value as it is typed on the command line, without blanks between the items of a list."""
-    plain = OmegaConf.to_container(OmegaConf.create([value]))
-    return yaml.safe_dump(plain, default_flow_style=True, width=float("inf"))[1:-2].replace(", ", ",")
+    values = config.plain(OmegaConf.to_container(OmegaConf.create([value])))
+    return yaml.safe_dump(values, default_flow_style=True, width=float("inf"))[1:-2].replace(", ", ",")

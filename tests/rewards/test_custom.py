@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from diffrl import config
 from diffrl.cli import main
 
 FILE = """
+from pathlib import Path
+
+import torch
 from diffrl.rewards.custom import reward
 
 def redness(images, context):
@@ -27,6 +32,20 @@ class Brightness:
 
 class Nothing:
     pass
+
+class Constructed(Brightness):
+    def __init__(self):
+        self.strength = 3.0
+
+class Network(torch.nn.Module):
+    def __call__(self, images, context):
+        return images.mean((1, 2, 3))
+
+class Table:
+    where: Path = Path("scores.csv")  # of a score a line
+
+    def __call__(self, images, context):
+        return images.mean((1, 2, 3)) + len(self.where.name)
 
 def broken(images, context):
     return images[:, 9]
@@ -90,6 +109,8 @@ def test_a_class_has_settings_and_may_have_a_gradient(file, tiny_path):
         ("mine.py:Brightness reward.strenght=2", "Did you mean 'reward.strength'?"),
         ("mine.py:redness algo=ctrl", "is a black box"),
         ("mine.py:broken", "reward broken failed at"),
+        ("mine.py:Constructed", "Constructed.__init__ would never be called. Write Constructed's settings"),
+        ("mine.py:Network", "Module.__init__ would never be called. Write Network's settings"),
     ],
 )
 def test_mistakes_are_named(file, tiny_path, capsys, word, expected):
@@ -97,7 +118,31 @@ def test_mistakes_are_named(file, tiny_path, capsys, word, expected):
     assert expected in fails(capsys, *train(tiny_path, *words, *f"reward={word}".split()))
 
 
-def test_a_file_that_fails_says_why(file, tiny_path, capsys):
-    file.write_text("1 / 0")
+@pytest.mark.parametrize(
+    ("text", "why"), [("1 / 0", "ZeroDivisionError: division by zero"), ("exit(3)", "SystemExit: 3")]
+)
+def test_a_file_that_fails_says_why(file, tiny_path, capsys, text, why):
+    file.write_text(text)
     line = fails(capsys, *train(tiny_path, "algo=ddpo", "reward=mine.py:redness"))
-    assert "fails: ZeroDivisionError: division by zero" in line
+    assert f"fails: {why}" in line
+
+
+def test_a_file_imports_what_lies_beside_it(file, monkeypatch):
+    (file.parent / "my_helpers.py").write_text("def half(images):\n    return images.mean((1, 2, 3)) / 2\n")
+    file.write_text("from my_helpers import half\n\ndef dim(images, context):\n    return half(images)\n")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    reward = config.load(["algo=ddpo", "reward=mine.py:dim"]).reward
+    assert_close(reward(torch.ones(1, 3, 4, 4), None), [0.5], atol=1e-7)
+
+
+def test_a_setting_may_be_a_path(file, tmp_path, capsys):
+    words = ["algo=ddpo", "reward=mine.py:Table", "reward.where=other/table.csv"]
+    chosen = config.load(words)
+    assert chosen.reward.where == Path("other/table.csv")
+    config.write(chosen, tmp_path / "config.yaml")
+    again = config.read(tmp_path / "config.yaml")
+    assert again.reward.where == Path("other/table.csv")
+    assert config.same(config.facts(chosen), again)
+    assert config.load(config.words(chosen)).reward.where == Path("other/table.csv")
+    assert main(["train", "--help", *words]) == 0
+    assert "reward.where=other/table.csv" in capsys.readouterr().out
