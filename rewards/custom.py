@@ -4,7 +4,8 @@
         return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 is chosen by `reward=my_rewards.py:redness`. A class has `__call__` instead, and its annotated fields become
-settings, `reward.strength=2`; what else it needs, such as a network, it makes in `__post_init__`. Both are black boxes unless `@reward(differentiable=True)` stands above them.
+settings, `reward.strength=2`; what else it needs, such as a network, it makes in `__post_init__`. Both are
+black boxes unless `@reward(differentiable=True)` stands above them.
 Shapes: N pictures `[N, 3, S, S]` in [0, 1].
 """
 

@@ -13,16 +13,20 @@ from diffrl.rewards.scoring import score
 from diffrl.types import NO_LABEL, Context, Reward
 
 _FLAT = {5: "black", 6: "white", 7: "grey"}  # pictures at which logarithms and roots break
+_STEPS = (1e-3, 1e-2, 1e-1)  # root mean square change of a pixel
+_FACTOR = 100.0  # a step of finite size, or a straight-through gradient, is not exact
+_DTYPE, _GRAD = "torch.get_default_dtype()", "torch.is_grad_enabled()"
 _PROMPTS = ("cat", "dog", "a red bird", "two horses")
 
 
 def check_reward(reward: Any, *, image_size: int = 64, device: str = "cpu") -> None:
-    """Raise DiffRLError with a line for every fault of a reward; some 40 pictures are scored.
+    """Raise DiffRLError with a line for every fault of a reward; some 100 pictures are scored.
 
     Looked at: what it returns (one finite float32 a picture, on the pictures' device, at black and white
     ones too), that it is the same every time and whatever other pictures are scored beside it, that it
-    leaves the pictures and the global generators alone, that it reads the labels it has classes for, and if
-    it says `differentiable=True`, that there is a finite gradient that is not 0.
+    leaves the pictures, the global generators and PyTorch's modes alone, that it reads the labels it has
+    classes for, and if it says `differentiable=True`, that there is a finite gradient that is not 0, of
+    each picture's score to that picture alone, which leads uphill at about the slope it promises.
 
     Args:
         reward: a reward, or the class or function of one.
@@ -43,12 +47,19 @@ def _faults(reward: Reward, image_size: int, device: torch.device) -> Iterator[s
         return
     images = _pictures(getattr(reward, "num_dims", None), image_size).to(device)
     context = _context(reward, len(images), device)
-    before, kept = global_generators(), images.clone()
+    before, modes, kept = global_generators(), _modes(), images.clone()
     try:
         scores = score(reward, images, context).detach()
     except DiffRLError as error:
         yield str(error)
         return  # whatever else is asked would only say it again
+    left = _modes()
+    torch.set_default_dtype(modes[_DTYPE])
+    torch.set_grad_enabled(modes[_GRAD])
+    if changed := [what for what in modes if left[what] != modes[what]]:
+        for what in changed:
+            yield f"it leaves {what} at {left[what]}; it was {modes[what]}. Change it in a with-block."
+        return  # the rest would be asked in other modes
     if global_generators() != before:
         yield (
             "it draws from, or seeds, a global generator, and so changes what the run draws. Give it a "
@@ -108,9 +119,13 @@ def _context(reward: Reward, count: int, device: torch.device) -> Context:
 
 def _company(reward: Reward, images: Tensor, context: Context, scores: Tensor) -> Iterator[str]:
     """A picture's score is its own: the same alone, and at another place of the batch."""
-    singles = [
-        score(reward, images[i : i + 1], context.rows(torch.tensor([i]))) for i in range(len(images))
-    ]
+    singles = []
+    for i in range(len(images)):
+        try:
+            singles.append(score(reward, images[i : i + 1], context.rows(torch.tensor([i]))))
+        except DiffRLError as error:
+            yield f"alone, picture {i}: {error} Take the mean over named dimensions, and no .squeeze()."
+            return
     alone = torch.cat(singles).detach()
     if not (same := alike(scores, alone)).all():
         i = int((~same).nonzero()[0, 0])
@@ -175,3 +190,52 @@ def _gradient(reward: Reward, images: Tensor, context: Context) -> Iterator[str]
             "differentiable=True, but the gradient is 0 at every picture. It rounds, counts, compares or "
             "saturates: use a smooth measure, or say differentiable=False."
         )
+    else:
+        yield from _slopes(reward, images, context, slope)
+
+
+def _slopes(reward: Reward, images: Tensor, context: Context, slope: Tensor) -> Iterator[str]:
+    """A gradient is of the picture's own score, and a step along it changes the score as it says."""
+    noisy = torch.arange(len(images))
+    if images[0].numel() > 8:
+        noisy = noisy[: min(_FLAT)]  # where a picture is flat, a measure of it may have a kink
+    scores = score(reward, images, context)
+    for i in noisy.tolist():
+        (own,) = torch.autograd.grad(scores[i], images, retain_graph=True)
+        others = own.abs().flatten(1).amax(1)
+        others[i] = 0
+        if float(others.max()) > 1e-4 * float(slope.abs().max()):
+            yield (
+                f"the score of picture {i} has a gradient at picture {int(others.argmax())}. Use no mean, "
+                "deviation or norm over the batch, also where it cancels out of the score."
+            )
+            return
+    slope = slope[noisy]
+    steep = slope.flatten(1).norm(dim=1)
+    if not (moving := steep > 0).any():
+        return
+    where = noisy[moving]
+    along = slope[moving] / steep[moving].view(-1, 1, 1, 1)
+    found = []
+    for size in _STEPS:
+        move = size * images[0].numel() ** 0.5 * along
+        start = images.detach()[where]
+        ends = [score(reward, start + sign * move, context.rows(where)).detach() for sign in (1, -1)]
+        found.append((ends[0] - ends[1]) / (2 * move.flatten(1).norm(dim=1)) / steep[moving])
+    shares = torch.stack(found)  # 1 where the score rises as promised
+    if (shares <= 0).all() and (shares < 0).any():
+        yield (
+            "along its gradient the score falls at every picture. Its sign is wrong: return what is to be "
+            "maximised, and the gradient of the same."
+        )
+    elif not ((shares > 1 / _FACTOR) & (shares < _FACTOR)).any():
+        middle = float(shares.median())
+        yield (
+            f"along its gradient the score changes {middle:.2g} times as much as the gradient says. Let "
+            "the score and its gradient come from the same expression."
+        )
+
+
+def _modes() -> dict[str, Any]:
+    """Return what of PyTorch's a reward must not leave changed."""
+    return {_DTYPE: torch.get_default_dtype(), _GRAD: torch.is_grad_enabled()}

@@ -121,6 +121,35 @@ def root_of_nothing(images, context):
 
 
 @reward(differentiable=True)
+def downhill(images, context):
+    return 2 * mean(images.detach()) - mean(images)
+
+
+@reward(differentiable=True)
+def leaking(images, context):
+    return mean(images) + (images.mean() - images.mean().detach())
+
+
+@reward(differentiable=True)
+def hardly_any_slope(images, context):
+    return (1 - 1e-4) * mean(images.detach()) + 1e-4 * mean(images)
+
+
+def leaves_double_behind(images, context):
+    torch.set_default_dtype(torch.float64)
+    return mean(images).float()
+
+
+def leaves_gradients_off(images, context):
+    torch.set_grad_enabled(False)
+    return mean(images)
+
+
+def squeezed(images, context):
+    return mean(images).squeeze()
+
+
+@reward(differentiable=True)
 def label_ignored(images, context):
     return mean(images)
 
@@ -164,6 +193,12 @@ classes_by_number.num_classes = 3
         (detached, "no gradient reaches the pictures", r"no \.item\(\)"),
         (rounded, "gradient is 0 at every picture", "smooth"),
         (root_of_nothing, "gradient at picture 5, which is black, is not finite", "under the root"),
+        (downhill, "the score falls at every picture", "Its sign is wrong"),
+        (leaking, "the score of picture 0 has a gradient at picture 1", "over the batch"),
+        (hardly_any_slope, r"changes 1e\+04 times as much", "the same expression"),
+        (leaves_double_behind, r"dtype\(\) at torch.float64; it was torch.float32", "with-block"),
+        (leaves_gradients_off, r"is_grad_enabled\(\) at False; it was True", "with-block"),
+        (squeezed, r"alone, picture 0: .*returned shape \[\] for 1 pictures", r"no \.squeeze\(\)"),
         (label_ignored, "no score depends on attribute 0", r"Read context\.label\[:, 0\]"),
         (label_needed, "without a label", "Return 0 there"),
         (classes_by_number, "num_classes=3: it must be a tuple", r"Say \(\) if"),
@@ -172,6 +207,8 @@ classes_by_number.num_classes = 3
 def test_a_fault_is_found_and_its_mending_said(broken, fault, mend):
     with pytest.raises(DiffRLError, match=rf"(?s){broken.__name__}: .*({fault}).*{mend}"):
         diffrl.check_reward(broken)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
 
 
 def test_every_fault_has_a_line():
