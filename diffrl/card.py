@@ -113,7 +113,7 @@ def write(
         seed=EVALUATION_SEED,
         table=control_rows(measures, reward) if isinstance(reward, LogLikelihood) else [],
         curves=_draw_curves(run, folder / "curves.png"),
-        command=settings.command(config),
+        command=settings.command(config, here=False),
         versions={"diffrl": __version__, "torch": torch.__version__, "Python": platform.python_version()}
         | {library: version(library) for library in _LIBRARIES},
         compared=compared,

@@ -27,6 +27,7 @@ from diffrl import disk
 from diffrl.algorithms.guidance.base import Unguided
 from diffrl.backbones.loading import fingerprint
 from diffrl.components import CUSTOM, GROUPS, content, installed, register, word_of
+from diffrl.envs.prompts import LISTS
 from diffrl.errors import DiffRLError, unknown, unknown_setting
 from diffrl.policy import LoRA
 
@@ -103,7 +104,7 @@ def load(overrides: list[str]) -> Config:
         >>> config.algo.kl, chosen(config, "env")
         (0.1, 'emoji')
     """
-    return to_objects(composed(overrides))
+    return _located(to_objects(composed(overrides)))
 
 
 def composed(overrides: list[str]) -> DictConfig:
@@ -152,7 +153,7 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
     @hydra.main(config_path="pkg://diffrl.conf", config_name="config", version_base="1.3")
     def one(composed: DictConfig) -> None:
         try:
-            job(to_objects(composed))
+            job(_located(to_objects(composed)))
         except DiffRLError as error:  # Hydra shows a traceback of all others
             raise CompactHydraException(f"diffrl: {error}") from error
 
@@ -205,10 +206,21 @@ def read_env(path: Path) -> Any:
         raise DiffRLError(f"{path}: cannot be read as a run's settings ({reason}).") from error
 
 
-def write(config: Config, path: Path) -> None:
-    """Write every setting as YAML, with the names of the chosen components."""
+def write(config: Config, path: Path, *, here: bool = True) -> None:
+    """Write every setting as YAML, with the names of the chosen components.
+
+    Args:
+        config: the settings.
+        path: of the file.
+        here: for this machine; else files of the user's own, but the model's, go by their names alone.
+    """
+    stored = _stored(config)
+    if not here:
+        model = stored["env"].get("model")
+        stored = _elsewhere(stored)
+        stored["env"] |= {"model": model} if model else {}
     draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(yaml.safe_dump(_stored(config), sort_keys=False), encoding="utf-8")
+    draft.write_text(yaml.safe_dump(stored, sort_keys=False), encoding="utf-8")
     disk.sync(draft)
     draft.replace(path)
 
@@ -278,9 +290,31 @@ def words(config: Config) -> list[str]:
     ]
 
 
-def command(config: Config) -> str:
-    """Return the line that trains with these settings."""
-    return shlex.join(["diffrl", "train", *words(config)])
+def command(config: Config, *, here: bool = True) -> str:
+    """Return the line that trains with these settings; files by their names alone if it is not for here."""
+    asked = words(config)
+    return shlex.join(["diffrl", "train", *(asked if here else map(_elsewhere, asked))])
+
+
+def _located(config: Config) -> Config:
+    """Return the settings with the full paths of files, so that a run can be gone on with from anywhere."""
+    named = [(config, "prompts"), (config, "eval_prompts"), (config, "dataset"), (config, "clip")]
+    for part, name in [*named, (config.env, "model"), (config.reward, "classifier")]:
+        value = getattr(part, name, None)
+        if value and value not in LISTS:
+            kind, colon, file = value.rpartition(":")  # as in imagenet_animals:PATH
+            if (path := Path(file).expanduser()).exists():
+                setattr(part, name, f"{kind}{colon}{path.resolve()}")
+    return config
+
+
+def _elsewhere(value: Any) -> Any:
+    """Return a word, or a tree of them, without the folders of the full paths in it."""
+    if isinstance(value, dict):
+        return {key: _elsewhere(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_elsewhere(each) for each in value]
+    return re.sub(r"(?<![^=\[,:'])/[^,:\]]*/", "", value) if isinstance(value, str) else value
 
 
 def _word(value: Any) -> str:

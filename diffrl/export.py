@@ -113,7 +113,7 @@ def _write(run: Path, config: Config, draft: Path, form: str, name: str) -> str:
     """Write weights and settings, and return the name of the LoRA's file."""
     if config.env.model == str(ASSET):  # no path of this machine
         config.env.model = "/".join(ASSET.parts[-3:])
-    settings.write(config, draft / CONFIG_FILE)
+    settings.write(config, draft / CONFIG_FILE, here=False)
     if form == "kohya":
         lora = {f"unet.{key}": tensor for key, tensor in weights.read_lora(run).items()}
         save_file(convert_state_dict_to_kohya(lora), draft / f"{name}.safetensors")

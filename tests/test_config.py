@@ -1,5 +1,6 @@
 """A run's settings, read again by a version that knows more of them than the one that wrote them."""
 
+import shlex
 from dataclasses import fields
 
 import pytest
@@ -52,3 +53,37 @@ def test_wherever_it_is_cut_short_it_is_refused(stored):
     stored.write_text("".join(lines[:-1]))
     with pytest.raises(DiffRLError, match="it is cut short: its last setting, 'eval_scales', is missing"):
         config.read(stored)
+
+
+class TestFiles:
+    """Files of the user's own, which a run names and may have to find from another folder."""
+
+    @pytest.fixture
+    def words(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "my words.txt").write_text("cat\n")
+        (tmp_path / "simple_animals").write_text("a file that is called like a list")
+        (tmp_path / "mine.py").write_text(
+            "def red(images, context):\n    return images[:, 0].mean((1, 2))\n"
+        )
+        return ["algo=ddpo", "prompts='my words.txt'", "reward=[mine.py:red,jpeg]"]
+
+    def test_they_are_stored_by_their_full_paths(self, words, tmp_path):
+        chosen = config.load(words)
+        assert (chosen.prompts, chosen.eval_prompts) == (f"{tmp_path}/my words.txt", None)
+        assert config.load(["algo=ddpo"]).prompts == "simple_animals"
+        imagenet = config.load(["prompts=imagenet_animals:mine.py"]).prompts
+        assert imagenet == f"imagenet_animals:{tmp_path}/mine.py"
+
+    def test_elsewhere_they_go_by_their_names(self, words, tmp_path):
+        chosen = config.load(words)
+        line = config.command(chosen, here=False)
+        assert str(tmp_path) in config.command(chosen)
+        assert str(tmp_path) not in line
+        again = config.load(shlex.split(line)[2:])  # they lie in this folder
+        assert config.same(config.facts(again), chosen)
+        config.write(chosen, tmp_path / "config.yaml", here=False)
+        text = (tmp_path / "config.yaml").read_text()
+        assert "chosen_by: '[mine.py:red,jpeg]'" in text
+        assert "prompts: my words.txt" in text
+        assert f"model: {chosen.env.model}" in text
