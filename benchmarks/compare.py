@@ -234,7 +234,7 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
     _drop_other(folder / cell.name, settings)
     begin = time.perf_counter()
     trained = train.train(settings)
-    if settings.algo.updates and not train.is_done(trained):  # a signal came, which the suite was meant by
+    if not train.is_done(trained):  # a signal to the suite has stopped its cells as well
         raise SystemExit(
             f"{trained}: stopped before its end; the suite goes on with it when it is run again."
         )

@@ -300,12 +300,19 @@ def _located(config: Config) -> Config:
     """Return the settings with the full paths of files, so that a run can be gone on with from anywhere."""
     named = [(config, "prompts"), (config, "eval_prompts"), (config, "dataset"), (config, "clip")]
     for part, name in [*named, (config.env, "model"), (config.reward, "classifier")]:
-        value = getattr(part, name, None)
-        if value and value not in LISTS:
-            kind, colon, file = value.rpartition(":")  # as in imagenet_animals:PATH
-            if (path := Path(file).expanduser()).exists():
-                setattr(part, name, f"{kind}{colon}{path.resolve()}")
+        if hasattr(part, name):
+            setattr(part, name, _full(getattr(part, name)))
     return config
+
+
+def _full(value: Any) -> Any:
+    """Return the full path of a file that is there, in a word or a list of them; all else as it is."""
+    if isinstance(value, list):
+        return [_full(each) for each in value]
+    kind, colon, file = (value or "").rpartition(":")  # as in imagenet_animals:PATH
+    if not file or value in LISTS or not (path := Path(file).expanduser()).exists():
+        return value
+    return f"{kind}{colon}{path.resolve()}"
 
 
 def _elsewhere(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -40,5 +41,6 @@ def told(setting: str, value: int, folder: Path | None = None, *, of: int = 0) -
             less = max(size for size in range(1, value // 2 + 1) if of % size == 0)
             fix = f"Take fewer at a time: {setting}={less}"
             if folder is not None:
-                fix = f"Go on with fewer at a time: diffrl train --resume {folder} {setting}={less}"
+                go_on = f"diffrl train --resume {quote(str(folder))}"
+                fix = f"Go on with fewer at a time: {go_on} {setting}={less}"
         raise DiffRLError(f"{reason} {fix}") from error

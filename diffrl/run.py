@@ -188,7 +188,9 @@ class Run:
         }
         best = self.guards.best_update if self.config.keep_best else None
         keep = self.config.keep_last
-        checkpoint.write(parent, self.update, tensors, state, claims=self._claims(), keep=keep, spare=best)
+        # of a run without updates, the first checkpoint and the one of its end are both of update 0
+        step = self.update if self.config.algo.updates else int(self.done)
+        checkpoint.write(parent, step, tensors, state, claims=self._claims(), keep=keep, spare=best)
 
     def load(self, parent: Path) -> None:
         """Take up the last checkpoint that is whole; say which ones are not."""

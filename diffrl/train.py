@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from shlex import quote
 
 from diffrl import checkpoint, disk, lock, processes, weights
 from diffrl import config as settings
@@ -49,7 +50,7 @@ def train(config: Config) -> Path:
         if not is_of(folder, config):
             raise DiffRLError(
                 f"{folder}: a run of other settings, so resume=auto cannot go on with it. Give another "
-                f"name=..., or 'diffrl train --resume {folder}' for it as it is."
+                f"name=..., or 'diffrl train --resume {quote(str(folder))}' for it as it is."
             )
         return _resume(folder, config, begin)
     setup = Setup(config)
@@ -96,6 +97,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> Path:
                 f"{word}: the settings of {folder} are its own; all that may change is "
                 f"{' and '.join(AT_A_TIME)}."
             )
+    folder = folder if folder.name not in ("", "..") else folder.resolve()  # '.' has no name
     config = settings_of(folder, overrides)
     config.root, config.name = str(folder.parent), folder.name  # it may have moved
     return _resume(folder, config, time.perf_counter())
@@ -130,7 +132,8 @@ def _resume(folder: Path, config: Config, begin: float) -> Path:
 
 
 def _finish(run: Run, begin: float) -> Path:
-    go_on = f"diffrl train --resume {run.folder}"
+    folder = quote(str(run.folder))
+    go_on = f"diffrl train --resume {folder}"
     with (
         disk.told(run.folder, f"Make room, then go on with: {go_on}"),
         StopSignals() as stop,
@@ -145,7 +148,7 @@ def _finish(run: Run, begin: float) -> Path:
                 weights.save(run.policy, run.folder)
     minutes = (time.perf_counter() - begin) / 60
     if run.done:
-        done = f"done in {minutes:.1f} minutes. Next: diffrl eval {run.folder}"
+        done = f"done in {minutes:.1f} minutes. Next: diffrl eval {folder}"
     else:
         done = f"stopped after update {run.update}. Go on with: {go_on}"
     console.print(f"[bold]{run.folder}[/]: {run.guards.said()}{done}")

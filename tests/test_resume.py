@@ -118,7 +118,7 @@ def test_killed_before_its_first_update_it_begins_again(words, tmp_path, monkeyp
     assert bits(whole) == bits(parts)
 
 
-def test_a_run_without_updates_that_was_killed_is_measured(words, tmp_path, monkeypatch):
+def test_a_run_without_updates_that_was_killed_is_measured_once(words, tmp_path, monkeypatch, capsys):
     command = [word for word in words("ctrl", tmp_path, "algo=none") if not word.startswith("algo.")]
     with monkeypatch.context() as patch:
         patch.setattr(Run, "loop", lambda *_: sys.exit(9))
@@ -126,6 +126,20 @@ def test_a_run_without_updates_that_was_killed_is_measured(words, tmp_path, monk
             main(command)
     assert main([*command, "resume=auto"]) == 0
     assert "eval/kl_nats" in numbers(tmp_path / "run")[-1]
+    assert is_done(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "finished already, 0 updates" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_is_gone_on_with_from_inside_its_folder(words, tmp_path, stopped_after, monkeypatch, capsys):
+    again = stopped_after(signal.SIGTERM)
+    assert main(words("ctrl", tmp_path / "my runs")) == 0
+    again()
+    assert "diffrl train --resume '/" in " ".join(capsys.readouterr().out.split())  # as a shell takes it
+    monkeypatch.chdir(tmp_path / "my runs" / "run")
+    assert main(["train", "--resume", "."]) == 0
+    assert settings_of(tmp_path / "my runs" / "run").name == "run"
 
 
 def test_an_update_without_a_finite_gradient_is_skipped_and_five_end_the_run(

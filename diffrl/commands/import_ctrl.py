@@ -1,6 +1,7 @@
 """Make a run of a checkpoint that CTRL's authors have published."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 
@@ -18,4 +19,4 @@ def run(options: argparse.Namespace) -> None:
     from diffrl.log import console
 
     folder = import_checkpoint(options.source, options.words)
-    console.print(f"[bold]{folder}[/]: next, diffrl eval {folder}")
+    console.print(f"[bold]{folder}[/]: next, diffrl eval {shlex.quote(str(folder))}")
