@@ -3,13 +3,16 @@
 Shapes: N pictures of P prompts, A attributes of a label, E width of the time embedding.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -67,14 +70,19 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
             folder: of a run, or written by `diffrl export`.
 
         Raises:
-            DiffRLError: a file missing or damaged, or of another model.
+            DiffRLError: a file missing or damaged, or of another model; or another run's LoRA is fused.
         """
         return self._load(Path(folder), _picture_env(Path(folder)))
 
     def _load(self, folder: Path, env: SD15) -> Self:
         width = self.unet.time_embedding.linear_2.out_features
         embedding = weights.load_control(folder, width)
-        if self.label_embedding is not None:  # of another run
+        if ADAPTER in self.fused_loras:
+            raise DiffRLError(
+                f"{folder}: another run's LoRA is fused into the weights. Call unfuse_lora() first; if it "
+                "is unloaded already, make a new pipeline."
+            )
+        if ADAPTER in self.get_list_adapters().get("unet", ()):  # of another run
             self.delete_adapters(ADAPTER)
         weights.load_lora(self, folder / weights.LORA_FILE, weights.read_lora(folder), ADAPTER)
         self.label_embedding = embedding
@@ -95,7 +103,8 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
         Args:
             prompt: P of them.
             label: the control: one number an attribute (`3`, or `[1, 0]` of two), or a row of them a
-                prompt, `[P, A]`. None, or -1 for an attribute, leaves it open.
+                prompt, `[P, A]`; of one attribute also a number a prompt, `[P]`. None, or -1 for an
+                attribute, leaves it open.
             control_scale: s in eps = eps_ref + s (eps - eps_ref), where eps_ref is the prediction with
                 every LoRA off and no label. 0 is the pretrained model; other than 0 and 1 takes twice
                 the time.
@@ -103,8 +112,11 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
                 default.
 
         Raises:
-            DiffRLError: a label that the control does not have, or no control loaded.
+            DiffRLError: a label that the control does not have, no control loaded, or a strength that
+                is no finite number, or not 1 while the LoRA is fused into the weights.
         """
+        if not isinstance(control_scale, Real) or not math.isfinite(control_scale):
+            raise DiffRLError(f"control_scale={control_scale!r}: must be one finite number, such as 1.5.")
         if self.label_embedding is None:
             if label is None and control_scale == 1.0:
                 return super().__call__(prompt, **options)
@@ -112,10 +124,29 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
                 f"label={label} control_scale={control_scale}: no control is loaded. Call "
                 "load_control(DIR) with a folder of 'diffrl export'."
             )
-        prompts = 1 if isinstance(prompt, str) else len(prompt or options["prompt_embeds"])
+        if control_scale != 1.0 and ADAPTER in self.fused_loras:
+            raise DiffRLError(
+                f"control_scale={control_scale}: the LoRA is fused into the weights, so what the "
+                "pretrained model predicts is not known. Call unfuse_lora() first."
+            )
+        several = options.get("prompt_embeds") if prompt is None else prompt
+        prompts = 1 if several is None or isinstance(several, str) else len(several)
         offset = self._offset(label, prompts)
         with _Control(self, offset, control_scale):
             return super().__call__(prompt, **{**self.call_defaults, **options})
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """Save the stock pipeline; one with a control has files that diffusers does not know.
+
+        Raises:
+            DiffRLError: a control is loaded.
+        """
+        if self.label_embedding is not None:
+            raise DiffRLError(
+                "save_pretrained: diffusers saves no label embedding, and cannot load a denoiser with "
+                "adapters in it. 'diffrl export RUN DIR' writes files that from_run(DIR) loads."
+            )
+        super().save_pretrained(*arguments, **options)
 
     def _offset(self, label: Any, prompts: int) -> Tensor | None:
         """Return what a label adds to the time embedding, `[1 or P, E]`."""
@@ -123,11 +154,15 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
             return None
         assert self.label_embedding is not None
         counts = self.label_embedding.num_classes
-        given = torch.as_tensor(label)
-        given = given.reshape(-1, given.shape[-1] if given.ndim else 1).cpu()
+        takes = f"{len(counts)} whole number(s), such as {[0] * len(counts)}, or such a list a prompt"
+        refused = DiffRLError(f"label={label!r}: this control takes {takes if counts else 'no label'}.")
+        try:
+            given = torch.as_tensor(label).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:  # by what it is
+            raise refused from error
+        given = given.reshape(-1, 1 if len(counts) == 1 or not given.ndim else given.shape[-1])
         if given.shape[1] != len(counts) or len(given) not in (1, prompts) or given.is_floating_point():
-            takes = f"{len(counts)} whole number(s), such as {[0] * len(counts)}, or such a list a prompt"
-            raise DiffRLError(f"label={label}: this control takes {takes if counts else 'no label'}.")
+            raise refused
         check_range(given, counts)
         return self.label_embedding(given.long())
 
@@ -141,6 +176,7 @@ class _Control:
 
     def __init__(self, pipeline: StableDiffusionPipeline, offset: Tensor | None, scale: float) -> None:
         self.pipeline, self.unet, self.offset, self.scale = pipeline, pipeline.unet, offset, scale
+        self.adapters = [part for part in self.unet.modules() if isinstance(part, BaseTunerLayer)]
         self.exits = ExitStack()
 
     def __enter__(self) -> None:
@@ -172,11 +208,14 @@ class _Control:
     @contextmanager
     def _reference(self) -> Iterator[None]:
         offset, self.offset = self.offset, None
-        self.unet.disable_lora()
+        on = [part for part in self.adapters if not part.disable_adapters]  # others stay as they are
+        for part in on:
+            part.enable_adapters(False)
         try:
             yield
         finally:
-            self.unet.enable_lora()
+            for part in on:
+                part.enable_adapters(True)
             self.offset = offset
 
 

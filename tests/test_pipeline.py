@@ -1,5 +1,6 @@
 """The pipeline against `diffrl sample` and against stock diffusers."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,33 @@ def test_each_prompt_may_have_a_label_of_its_own(pipe):
         assert_close(together[row : row + 1], alone, atol=1e-5)
 
 
+def test_of_one_attribute_the_prompts_may_have_a_number_each(pipe):
+    rows = pictures(pipe, ["cat", "bee"], label=[[1], [0]])
+    for label in ([1, 0], torch.tensor([1, 0])):
+        assert_close(pictures(pipe, ["cat", "bee"], label=label), rows, atol=0)
+
+
+def test_adapters_that_somebody_switched_off_stay_off(learnt_run):
+    pipe = quiet(ControlledStableDiffusionPipeline.from_run(learnt_run))
+    pipe.disable_lora()
+    off = pictures(pipe, label=1)
+    pictures(pipe, label=1, control_scale=0.5)
+    assert_close(pictures(pipe, label=1), off, atol=0)
+
+
+def test_a_fused_lora_draws_the_same_and_has_no_other_strength(pipe, learnt_run):
+    fused = quiet(ControlledStableDiffusionPipeline.from_run(learnt_run))
+    fused.fuse_lora()
+    for unload in (False, True):
+        if unload:
+            fused.unload_lora_weights()
+        assert_close(pictures(fused, label=1), pictures(pipe, label=1), atol=1e-5)
+        with pytest.raises(DiffRLError, match=r"control_scale=0\.5: the LoRA is fused into the weights"):
+            pictures(fused, label=1, control_scale=0.5)
+        with pytest.raises(DiffRLError, match="another run's LoRA is fused into the weights"):
+            fused.load_control(learnt_run)
+
+
 def test_two_attributes_are_two_numbers(two_controls):
     pipe = quiet(ControlledStableDiffusionPipeline.from_run(two_controls))
     sampler = restore(two_controls, {})
@@ -151,12 +179,20 @@ def test_another_run_takes_the_first_one_s_place(pipe, learnt_run, two_controls,
 def test_mistakes_are_named(pipe, learnt_run, two_controls, tiny_path, tmp_path):
     for label, words in {
         2: "label=2: out of range; attribute 0 has labels 0 to 1",
-        (1, 0): r"label=\(1, 0\): this control takes 1 whole number",
+        (1, 0, 1): r"label=\(1, 0, 1\): this control takes 1 whole number",
         0.5: "takes 1 whole number",
+        "1": "label='1': this control takes 1 whole number",
         ((1,), (0,), (1,)): "or such a list a prompt",
     }.items():
         with pytest.raises(DiffRLError, match=words):
             pipe(["cat", "bee"], label=label)
+    for scale in ("1", [1.0], math.nan):
+        with pytest.raises(DiffRLError, match="must be one finite number"):
+            pipe("cat", label=1, control_scale=scale)
+    with pytest.raises(ValueError, match="Provide either `prompt`"):  # stock's own words
+        pipe()
+    with pytest.raises(DiffRLError, match="'diffrl export RUN DIR' writes files that from_run"):
+        pipe.save_pretrained(tmp_path / "saved")
     plain = ControlledStableDiffusionPipeline.from_pretrained(tiny_path)
     with pytest.raises(DiffRLError, match="no control is loaded"):
         plain("cat", label=1)
