@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from diffrl import __version__, config, train
+from diffrl import __version__, config, settings_file, train
 from diffrl.benchmarks.suites import Cell, Suite
 from diffrl.benchmarks.summary import first_of, summarise
 from diffrl.build import check
@@ -242,7 +242,7 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
         "command": shlex.join(["diffrl", "train", *cell.words]),
         "minutes": (time.perf_counter() - begin) / 60,
         "points": list(points_of(trained)),
-        "settings": config.facts(settings),
+        "settings": settings_file.facts(settings),
     }
     unfinished = trained / (_CELL_FILE + ".tmp")
     unfinished.write_text(json.dumps(record | origin))
@@ -289,7 +289,7 @@ def _ours(record: Record, wanted: config.Config, what: str, fix: str) -> Record:
     Raises:
         DiffRLError: it is of other settings (presets count) or of another version.
     """
-    if not config.same(record.get("settings", {}), wanted) or record["version"] != __version__:
+    if not settings_file.same(record.get("settings", {}), wanted) or record["version"] != __version__:
         raise DiffRLError(f"{what} of other settings or another version. Give another {fix}.")
     return record
 

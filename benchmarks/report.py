@@ -17,10 +17,10 @@ from diffrl import __version__
 from diffrl.benchmarks.compare import points_of
 from diffrl.benchmarks.suites import Cell, Suite
 from diffrl.benchmarks.summary import SPENT, as_text, curves, first_of, over_training, several, summarise
-from diffrl.config import command
 from diffrl.errors import DiffRLError
 from diffrl.plot import frontier_svg, learning_svg, training_svg
 from diffrl.restore import CONFIG_FILE, settings_of
+from diffrl.settings_file import command
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _WIDEST = 1100  # pixels of a picture grid

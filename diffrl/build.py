@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from diffrl import __version__, datasets, guards, memory, processes
+from diffrl import __version__, datasets, guards, memory, processes, settings_file
 from diffrl import config as settings
 from diffrl.algorithms.base import check_choice
 from diffrl.algorithms.guidance.base import Guidance, Unguided
@@ -182,7 +182,12 @@ class Setup:
         del fitted["ceiling"]  # of the reward, not of its classifier
         facts = [__version__, LAYOUT, settings.chosen(config, "reward"), fitted, config.seed]
         if self.dataset is None:
-            facts += [settings.facts(config)["env"], self.prompts, config.eval_batch, str(self.device.type)]
+            facts += [
+                settings_file.facts(config)["env"],
+                self.prompts,
+                config.eval_batch,
+                str(self.device.type),
+            ]
         else:
             facts.append(self.dataset.fingerprint())
         digest.update(json.dumps(facts, sort_keys=True).encode())

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from diffrl import __version__
+from diffrl import __version__, settings_file
 from diffrl import config as settings
 from diffrl.benchmarks.compare import points_of
 from diffrl.benchmarks.summary import as_text, over_training
@@ -113,7 +113,7 @@ def write(
         seed=EVALUATION_SEED,
         table=control_rows(measures, reward) if isinstance(reward, LogLikelihood) else [],
         curves=_draw_curves(run, folder / "curves.png"),
-        command=settings.command(config, here=False),
+        command=settings_file.command(config, here=False),
         versions={"diffrl": __version__, "torch": torch.__version__, "Python": platform.python_version()}
         | {library: version(library) for library in _LIBRARIES},
         compared=compared,

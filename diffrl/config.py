@@ -4,17 +4,14 @@ One dataclass a component is its schema: fields, defaults, and a line of help in
 each. Presets are YAML in `diffrl/conf/`.
 """
 
-import json
 import re
-import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -23,10 +20,8 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffrl import disk
 from diffrl.algorithms.guidance.base import Unguided
-from diffrl.backbones.loading import fingerprint
-from diffrl.components import CUSTOM, GROUPS, content, installed, register, word_of
+from diffrl.components import CUSTOM, GROUPS, installed, register
 from diffrl.envs.prompts import LISTS
 from diffrl.errors import DiffRLError, unknown, unknown_setting
 from diffrl.policy import LoRA
@@ -117,9 +112,17 @@ def composed(overrides: list[str]) -> DictConfig:
     _check_groups(overrides)
     overrides = [*_own_reward(overrides), *overrides]
     try:
-        return _compose(overrides)
+        return tree(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, overrides) from error
+
+
+def tree(overrides: list[str]) -> DictConfig:
+    """Return what Hydra composes of words that are known to be right, with the presets that they bring."""
+    _register()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("diffrl.conf", version_base="1.3"):
+        return compose("config", overrides=overrides)
 
 
 def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
@@ -164,136 +167,24 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
         sys.argv = arguments
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the settings of a run's `config.yaml`; those younger than the run are their defaults.
-
-    Args:
-        path: of the file.
-        overrides: `key=value` words that go before it.
-
-    Raises:
-        DiffRLError: no such file, one that is damaged or cut short, a setting that this version lacks.
-    """
-    if not path.is_file():
-        raise DiffRLError(f"{path.parent}: not a run directory, it has no {path.name}.")
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        asked = {group: word_of(stored.pop("_" + group), stored[group]) for group in GROUPS}
-        words = [f"{group}={register(group, word)}" for group, word in asked.items()]
-        composed = _compose(words)
-        if (last := fields(Config)[-1].name) not in stored:
-            raise ValueError(f"it is cut short: its last setting, {last!r}, is missing")
-        return to_objects(OmegaConf.merge(composed, stored, OmegaConf.from_dotlist(list(overrides))))
-    except (OSError, TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())  # YAML's errors have several lines
-        raise DiffRLError(f"{path}: cannot be read as a run's settings ({reason}).") from error
+def chosen(config: Config, group: str) -> str:
+    """Return the name under which the config's algo, env, reward or guidance is known."""
+    return name_of(group, type(getattr(config, group)))
 
 
-def read_env(path: Path) -> Any:
-    """Return the settings of a run's env alone: a stranger's file, of which nothing is imported.
-
-    Raises:
-        DiffRLError: no such file, one that is damaged, an env that does not come with diffrl.
-    """
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if (name := stored["_env"]) not in GROUPS["env"]:
-            raise ValueError(f"its env {name!r} is none that comes with diffrl")
-        composed = _compose([f"env={name}"])
-        return to_objects(OmegaConf.merge(composed, {"env": stored["env"]})).env
-    except (OSError, TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise DiffRLError(f"{path}: cannot be read as a run's settings ({reason}).") from error
+def name_of(group: str, kind: type) -> str:
+    """Return the name under which a group knows a component."""
+    return next((name for name, known in GROUPS[group].items() if known is kind), CUSTOM)
 
 
-def write(config: Config, path: Path, *, here: bool = True) -> None:
-    """Write every setting as YAML, with the names of the chosen components.
-
-    Args:
-        config: the settings.
-        path: of the file.
-        here: for this machine; else files of the user's own, but the model's, go by their names alone.
-    """
-    stored = _stored(config)
-    if not here:
-        model = stored["env"].get("model")
-        stored = _elsewhere(stored)
-        stored["env"] |= {"model": model} if model else {}
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(yaml.safe_dump(stored, sort_keys=False), encoding="utf-8")
-    disk.sync(draft)
-    draft.replace(path)
-
-
-def _stored(config: Config) -> dict[str, Any]:
-    stored = {"_" + group: chosen(config, group) for group in GROUPS}
-    return stored | plain(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-
-
-def plain(value: Any) -> Any:
-    """Return a value in YAML's types: a path, which a component of somebody's may have, as a string."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def facts(config: Config) -> dict[str, Any]:
-    """Return all that decides a run's numbers: the settings, of a model or a file of yours its content."""
-    found = _stored(config)
-    for name in ("name", "root", "resume", "checkpoint_every", "keep_last", "reward_timeout"):
-        del found[name]
-    if "model" in found["env"]:
-        found["env"]["model"] = fingerprint(found["env"]["model"])
-    return _with_content(found)
-
-
-def _with_content(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with the content of each file of the user's own in the place of its path."""
-    return {
-        name: _with_content(value)
-        if isinstance(value, dict)
-        else content(value)
-        if name == "chosen_by"
-        else value
-        for name, value in tree.items()
-    }
-
-
-def same(stored: Mapping[str, Any], config: Config) -> bool:
-    """Return whether `stored`, from `facts`, is `config`; younger settings count as defaults."""
-    return not changed(stored, config)
-
-
-def changed(stored: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Return what `stored`, from `facts`, and `config` each have, of the settings that differ."""
-    now, then, defaults = _flat(facts(config)), _flat(stored), {}
-    if now.keys() - then.keys():
-        composed = _compose([f"{group}={chosen(config, group)}" for group in GROUPS])
-        defaults = _flat(OmegaConf.to_container(composed))  # type: ignore[arg-type]
-    both = {name: (then.get(name, defaults.get(name)), now.get(name)) for name in [*now, *then]}
-    return {name: pair for name, pair in both.items() if pair[0] != pair[1] or name not in now}
-
-
-def words(config: Config) -> list[str]:
-    """Return the words that ask 'diffrl train' for these settings, without those that are its defaults."""
-    stored, usual = _stored(config), load([])
-    choices = {group: word_of(stored.pop("_" + group), stored[group]) for group in GROUPS}
-    choices = {group: word for group, word in choices.items() if word != chosen(usual, group)}
-    composed = _compose([f"{group}={register(group, word)}" for group, word in choices.items()])
-    defaults = _flat(OmegaConf.to_container(composed))  # type: ignore[arg-type]
-    return [f"{group}={word}" for group, word in choices.items()] + [
-        f"{key}={_word(value)}"
-        for key, value in _flat(stored).items()
-        if key not in ("name", "root") and value != defaults.get(key)
-    ]
-
-
-def command(config: Config, *, here: bool = True) -> str:
-    """Return the line that trains with these settings; files by their names alone if it is not for here."""
-    asked = words(config)
-    return shlex.join(["diffrl", "train", *(asked if here else map(_elsewhere, asked))])
+def to_objects(composed: Any) -> Config:
+    """Return the composed tree as dataclasses; their own checks run here."""
+    values: dict[str, Any] = {}
+    for key in composed:
+        if key != "defaults":
+            node = composed._get_node(key)
+            values[key] = OmegaConf.to_object(node) if isinstance(node, DictConfig) else composed[key]
+    return Config(**values)
 
 
 def _located(config: Config) -> Config:
@@ -315,65 +206,12 @@ def _full(value: Any) -> Any:
     return f"{kind}{colon}{path.resolve()}"
 
 
-def _elsewhere(value: Any) -> Any:
-    """Return a word, or a tree of them, without the folders of the full paths in it."""
-    if isinstance(value, dict):
-        return {key: _elsewhere(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_elsewhere(each) for each in value]
-    return re.sub(r"(?<![^=\[,:'])/[^,:\]]*/", "", value) if isinstance(value, str) else value
-
-
-def _word(value: Any) -> str:
-    """Return a value in Hydra's grammar."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
-    if not isinstance(value, str):
-        return json.dumps(value)
-    plain = re.fullmatch(r"(?!(true|false|null|nan|inf)$)[A-Za-z_/~][\w./~:-]*", value, re.IGNORECASE)
-    return value if plain else "'" + value.replace("'", r"\'") + "'"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def chosen(config: Config, group: str) -> str:
-    """Return the name under which the config's algo, env, reward or guidance is known."""
-    return name_of(group, type(getattr(config, group)))
-
-
-def name_of(group: str, kind: type) -> str:
-    """Return the name under which a group knows a component."""
-    return next((name for name, known in GROUPS[group].items() if known is kind), CUSTOM)
-
-
-def to_objects(composed: Any) -> Config:
-    """Return the composed tree as dataclasses; their own checks run here."""
-    values: dict[str, Any] = {}
-    for key in composed:
-        if key != "defaults":
-            node = composed._get_node(key)
-            values[key] = OmegaConf.to_object(node) if isinstance(node, DictConfig) else composed[key]
-    return Config(**values)
-
-
 def _register() -> None:
     store = ConfigStore.instance()
     store.store(name="config", node=_Schema)
     for group, known in GROUPS.items():
         for name, node in known.items():
             store.store(group=group, name=name, node=node)
-
-
-def _compose(overrides: list[str]) -> DictConfig:
-    _register()
-    GlobalHydra.instance().clear()
-    with initialize_config_module("diffrl.conf", version_base="1.3"):
-        return compose("config", overrides=overrides)
 
 
 def _registered(word: str) -> str:
@@ -412,7 +250,7 @@ def _explain(error: Exception, overrides: list[str]) -> DiffRLError:
         except HydraException:
             return DiffRLError(f"{word}: cannot be parsed. Write key=value, with quotes round blanks.")
     bare = [word for word in overrides if word.lstrip("+").partition("=")[0] in {*GROUPS, "experiment"}]
-    known = _keys(_compose(bare))
+    known = _keys(tree(bare))
     for key in words:
         if key not in known and key not in {*GROUPS, "experiment"}:
             return unknown_setting(key, known)

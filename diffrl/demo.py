@@ -17,8 +17,8 @@ from diffrl.algorithms.guidance.base import Unguided
 from diffrl.draw import draw
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import label_name, measures_of
-from diffrl.pipeline import picture_settings
-from diffrl.restore import restore
+from diffrl.pipeline import of_pictures
+from diffrl.restore import restore, settings_of
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.types import NO_LABEL, check_range, to_pixels
 
@@ -47,7 +47,7 @@ class Easel:
     def __init__(self, run: Path, num_pictures: int) -> None:
         if num_pictures < 1:
             raise DiffRLError(f"-n {num_pictures}: must be 1 or more.")
-        picture_settings(run)
+        of_pictures(run, settings_of(run).env)
         self.name = run.resolve().name
         self.setup, self.policy, self.reward = restore(run, {"guidance": Unguided()})
         self.actor = self.setup.guide(self.policy, self.reward, num_pictures)

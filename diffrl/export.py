@@ -22,8 +22,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffrl import card, weights
-from diffrl import config as settings
+from diffrl import card, settings_file, weights
 from diffrl.algorithms.guidance.base import Unguided
 from diffrl.algorithms.untrained import Untrained
 from diffrl.build import Setup
@@ -32,9 +31,9 @@ from diffrl.config import Config
 from diffrl.draw import draw
 from diffrl.envs.emoji import ASSET
 from diffrl.errors import DiffRLError, unknown
-from diffrl.pipeline import ControlledStableDiffusionPipeline, call_settings, of_model, picture_settings
+from diffrl.pipeline import ControlledStableDiffusionPipeline, call_settings, of_model, of_pictures
 from diffrl.policy import Policy
-from diffrl.restore import CLASSIFIER_FILE, CONFIG_FILE, restore
+from diffrl.restore import CLASSIFIER_FILE, CONFIG_FILE, restore, settings_of
 from diffrl.types import NO_LABEL, Reward, every_label
 
 FORMATS = ("diffrl", "diffusers", "kohya")
@@ -62,7 +61,8 @@ def export(run: Path, out: Path, form: str = "diffrl", num_pictures: int = 64) -
         raise DiffRLError(f"-n {num_pictures}: must be 1 or more.")
     if out.exists():
         raise DiffRLError(f"{out}: is there already. Give another folder, or delete it.")
-    config = picture_settings(run)
+    config = settings_of(run)
+    of_pictures(run, config.env)
     if isinstance(config.algo, Untrained) or config.env.random_weights:
         why = "algo=none" if isinstance(config.algo, Untrained) else "env.random_weights=true"
         raise DiffRLError(f"{run}: {why}, so there is nothing learnt to export.")
@@ -113,7 +113,7 @@ def _write(run: Path, config: Config, draft: Path, form: str, name: str) -> str:
     """Write weights and settings, and return the name of the LoRA's file."""
     if config.env.model == str(ASSET):  # no path of this machine
         config.env.model = "/".join(ASSET.parts[-3:])
-    settings.write(config, draft / CONFIG_FILE, here=False)
+    settings_file.write(config, draft / CONFIG_FILE, here=False)
     if form == "kohya":
         lora = {f"unet.{key}": tensor for key, tensor in weights.read_lora(run).items()}
         save_file(convert_state_dict_to_kohya(lora), draft / f"{name}.safetensors")

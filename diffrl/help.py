@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from rich.text import Text
 
-from diffrl import config
+from diffrl import config, settings_file
 from diffrl.config import GROUPS, Config, LoRA
 from diffrl.log import console, print_wide
 
@@ -118,5 +118,5 @@ def _kind(tree: DictConfig) -> type:
 
 def _typed(value: object) -> str:
     """Return a value as it is typed on the command line, without blanks between the items of a list."""
-    values = config.plain(OmegaConf.to_container(OmegaConf.create([value])))
+    values = settings_file.plain(OmegaConf.to_container(OmegaConf.create([value])))
     return yaml.safe_dump(values, default_flow_style=True, width=float("inf"))[1:-2].replace(", ", ",")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffrl import config as settings
+from diffrl import settings_file
 from diffrl.errors import DiffRLError
 from diffrl.foreign_weights import read_weights
 from diffrl.restore import CLASSIFIER_FILE, CONFIG_FILE
@@ -59,7 +60,7 @@ def import_checkpoint(source: Path, words: list[str]) -> Path:
     if folder.exists():
         raise DiffRLError(f"{folder}: the run directory exists. Give another with name=..., or delete it.")
     folder.mkdir(parents=True)
-    settings.write(config, folder / CONFIG_FILE)
+    settings_file.write(config, folder / CONFIG_FILE)
     reward.save(folder / CLASSIFIER_FILE)
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=lora)
     counts = json.dumps(reward.num_classes)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -18,11 +18,10 @@ from typing_extensions import Self
 
 from diffrl import weights
 from diffrl.backbones.loading import load_parts
-from diffrl.config import Config
 from diffrl.envs.sd15 import SD15
 from diffrl.errors import DiffRLError
 from diffrl.policy import LabelEmbedding
-from diffrl.restore import env_of, settings_of
+from diffrl.restore import env_of
 from diffrl.schedule import make_scheduler
 from diffrl.types import check_range
 
@@ -56,7 +55,7 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
         Raises:
             DiffRLError: no such run, no such model, or they do not fit.
         """
-        env = _picture_env(Path(folder))
+        env = of_pictures(Path(folder), env_of(Path(folder)))
         pipeline = of_model(cls, model or env.model, None if model else env.revision)
         return pipeline._load(Path(folder), env)
 
@@ -72,7 +71,7 @@ class ControlledStableDiffusionPipeline(StableDiffusionPipeline):
         Raises:
             DiffRLError: a file missing or damaged, or of another model; or another run's LoRA is fused.
         """
-        return self._load(Path(folder), _picture_env(Path(folder)))
+        return self._load(Path(folder), of_pictures(Path(folder), env_of(Path(folder))))
 
     def _load(self, folder: Path, env: SD15) -> Self:
         width = self.unet.time_embedding.linear_2.out_features
@@ -239,20 +238,8 @@ def call_settings(env: SD15) -> dict[str, Any]:
     }
 
 
-def picture_settings(folder: Path) -> Config:
-    """Return the settings of a run whose model draws pictures."""
-    config = settings_of(folder)
-    _check_pictures(folder, config.env)
-    return config
-
-
-def _picture_env(folder: Path) -> SD15:
-    """Return the same of the env alone, without the reward, which may be a file of the user's own."""
-    env = env_of(folder)
-    _check_pictures(folder, env)
-    return cast(SD15, env)
-
-
-def _check_pictures(folder: Path, env: Any) -> None:
+def of_pictures(folder: Path, env: Any) -> SD15:
+    """Return the env of the run in a folder, whose model has to draw pictures."""
     if not isinstance(env, SD15):
         raise DiffRLError(f"{folder}: its model draws points, not pictures; there is no pipeline for it.")
+    return env

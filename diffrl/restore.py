@@ -5,8 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffrl import config as settings
-from diffrl import weights
+from diffrl import settings_file, weights
 from diffrl.build import Setup, is_learned
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
@@ -73,12 +72,12 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Rewar
 
 def settings_of(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the settings of the run in a folder, with some `key=value` words that go before them."""
-    return settings.read(_config_file(path), overrides)
+    return settings_file.read(_config_file(path), overrides)
 
 
 def env_of(path: Path) -> Any:
     """Return the settings of the env alone, of a run or an export whoever made it: nothing is imported."""
-    return settings.read_env(_config_file(path))
+    return settings_file.read_env(_config_file(path))
 
 
 def _config_file(path: Path) -> Path:

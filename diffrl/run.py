@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrl import __version__, checkpoint, memory, processes, weights
+from diffrl import __version__, checkpoint, memory, processes, settings_file, weights
 from diffrl import config as settings
 from diffrl.algorithms.averaging import WeightAverage
 from diffrl.build import Setup
@@ -72,7 +72,9 @@ class Run:
         self.surrogate = reward if isinstance(reward, OnlineSurrogateReward) else None
         self.mixture = MixtureEvaluation(setup, policy, reward) if isinstance(reward, ClosedForm) else None
         self.guards = Guards(self.config.keep_best, self.config.patience, algo.restraint)
-        self.facts = settings.facts(self.config)  # as they are now; a reward's file may be edited later
+        self.facts = settings_file.facts(
+            self.config
+        )  # as they are now; a reward's file may be edited later
         self.update = 0  # so many are taken
         self.done = False  # and measured
         self.skipped = 0  # of the last ones, in a row
@@ -251,7 +253,13 @@ class Run:
         self.update, self.log_size, self.spent = state["update"], state["log_size"], state["spent"]
         self.done = state["done"]
         self.guards.load_state_dict(state["guards"])
-        for name, (then, now) in settings.changed(state.get("settings", self.facts), self.config).items():
+        if self.guards.best is not None and not (self.folder / weights.LORA_FILE).is_file():
+            console.print(
+                f"[bold yellow]{self.folder}[/]: the best weights so far are gone; others will do."
+            )
+            self.guards.best = None
+        changed = settings_file.changed(state.get("settings", self.facts), self.facts)
+        for name, (then, now) in changed.items():
             if name.endswith("chosen_by"):  # a fault in it may be what stopped the run
                 console.print(
                     f"[bold yellow]{folder}[/]: your own file was edited since; it goes on with it."

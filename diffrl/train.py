@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from shlex import quote
 
-from diffrl import checkpoint, disk, lock, processes, weights
+from diffrl import checkpoint, disk, lock, processes, settings_file, weights
 from diffrl import config as settings
 from diffrl.build import Setup
 from diffrl.config import Config
@@ -68,7 +68,7 @@ def train(config: Config) -> Path:
             with disk.told(draft, _ELSEWHERE):
                 draft.mkdir(parents=True)
                 until_done.enter_context(lock.held(draft))
-                settings.write(config, draft / CONFIG_FILE)
+                settings_file.write(config, draft / CONFIG_FILE)
                 if isinstance(reward, LogLikelihood):
                     reward.save(draft / CLASSIFIER_FILE)
                     disk.sync(draft / CLASSIFIER_FILE)
@@ -109,7 +109,7 @@ def is_of(folder: Path, config: Config) -> bool:
     Raises:
         DiffRLError: there is no run, or its settings cannot be read.
     """
-    return settings.same(settings.facts(settings_of(folder)), config)
+    return settings_file.same(settings_file.facts(settings_of(folder)), config)
 
 
 def is_done(folder: Path) -> bool:
@@ -126,7 +126,7 @@ def _resume(folder: Path, config: Config, begin: float) -> Path:
             console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
             return folder
         if processes.is_first():
-            settings.write(config, folder / CONFIG_FILE)  # as it goes on
+            settings_file.write(config, folder / CONFIG_FILE)  # as it goes on
         console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
         return _finish(run, begin)
 

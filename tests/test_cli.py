@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from diffrl.algorithms.ctrl import CTRL
 from diffrl.algorithms.guidance.smc import SMC
 from diffrl.cli import main
-from diffrl.config import read
 from diffrl.restore import restore
+from diffrl.settings_file import read
 from diffrl.weights import CONTROL_FILE, LORA_FILE
 
 FAST = [

@@ -9,7 +9,7 @@ import yaml
 from conftest import assert_close
 from test_cli import fails
 
-from diffrl import build, config
+from diffrl import build, config, settings_file
 from diffrl.benchmarks import compare, suites, summary
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
@@ -262,24 +262,24 @@ class TestCells:
     def test_a_checkpoint_counts_by_its_content_not_by_its_place(self, tiny_path, tmp_path):
         copy = tmp_path / "elsewhere"
         shutil.copytree(tiny_path, copy)
-        stored = config.facts(config.load([f"env.model={tiny_path}"]))
+        stored = settings_file.facts(config.load([f"env.model={tiny_path}"]))
         there = config.load([f"env.model={copy}", "name=other", "root=elsewhere"])
-        assert config.same(stored, there)
+        assert settings_file.same(stored, there)
         (copy / "unet" / "config.json").write_text("{}")
-        assert not config.same(stored, there)
-        assert not config.same(stored, config.load([f"env.model={tiny_path}", "seed=1"]))
+        assert not settings_file.same(stored, there)
+        assert not settings_file.same(stored, config.load([f"env.model={tiny_path}", "seed=1"]))
 
     def test_a_setting_younger_than_a_result_counts_as_its_default(self):
-        stored = config.facts(config.load([]))
+        stored = settings_file.facts(config.load([]))
         del stored["algo"]["max_grad_norm"], stored["eval_scales"]
-        assert config.same(stored, config.load([]))
-        assert not config.same(stored, config.load(["algo.max_grad_norm=2"]))
-        assert not config.same(stored, config.load(["eval_scales=[0.5]"]))
-        assert not config.same(stored | {"gone": 1}, config.load([]))
+        assert settings_file.same(stored, config.load([]))
+        assert not settings_file.same(stored, config.load(["algo.max_grad_norm=2"]))
+        assert not settings_file.same(stored, config.load(["eval_scales=[0.5]"]))
+        assert not settings_file.same(stored | {"gone": 1}, config.load([]))
 
     def test_a_reward_that_needs_a_setting_is_compared_without_it(self):
         asked = config.load(["algo=ddpo", "reward=vlm", "reward.model=judge"])
-        assert config.same(config.facts(asked), asked)
+        assert settings_file.same(settings_file.facts(asked), asked)
 
     @pytest.mark.parametrize("word", ["seed=3", "algo=ddpo", "name=x"])
     def test_what_the_suite_sets_is_not_set_beside_it(self, done, capsys, word):

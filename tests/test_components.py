@@ -9,7 +9,7 @@ import torch
 from conftest import assert_close
 from test_cli import fails
 
-from diffrl import components, config
+from diffrl import components, config, settings_file
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
 
@@ -134,7 +134,7 @@ def test_an_algorithm_and_an_env_of_files_train_and_the_run_is_read_from_elsewhe
     words += ["algo.updates=1", "algo.batch_size=4", "algo.micro_batch_size=4", "name=run"]
     assert main(["train", *words]) == 0
     monkeypatch.chdir("/")
-    stored = config.read(tmp_path / "runs" / "run" / "config.yaml")
+    stored = settings_file.read(tmp_path / "runs" / "run" / "config.yaml")
     assert (stored.algo.strength, stored.env.light, stored.env.num_steps) == (2.0, 0.25, 2)
     assert main(["eval", str(tmp_path / "runs" / "run"), "--json", "-n", "2"]) == 0
     brightness = json.loads(capsys.readouterr().out.splitlines()[-1])["reward_mean"]
@@ -172,10 +172,10 @@ def test_mistakes_are_named(files, capsys, words, expected):
 
 def test_a_changed_file_is_another_run(files, tmp_path):
     words = ["algo=my_algo.py:Ascent", "reward=jpeg"]
-    before = config.facts(config.load(words))
-    assert config.same(before, config.load(words))
+    before = settings_file.facts(config.load(words))
+    assert settings_file.same(before, config.load(words))
     (tmp_path / "my_algo.py").write_text(ALGORITHM + "\n# other\n")
-    assert not config.same(before, config.load(words))
+    assert not settings_file.same(before, config.load(words))
 
 
 class TestInstalledPackages:
@@ -186,8 +186,8 @@ class TestInstalledPackages:
         images = torch.full((2, 3, 4, 4), 0.25)
         assert_close(chosen.reward(images, None), [0.5, 0.5], atol=1e-7)
         assert_close(pickle.loads(pickle.dumps(chosen.reward))(images, None), [0.5, 0.5], atol=1e-7)
-        config.write(chosen, tmp_path / "config.yaml")
-        assert config.read(tmp_path / "config.yaml").reward.strength == 2.0
+        settings_file.write(chosen, tmp_path / "config.yaml")
+        assert settings_file.read(tmp_path / "config.yaml").reward.strength == 2.0
         assert_close(config.load(["reward=darkness"]).reward(images, None), [0.75, 0.75], atol=1e-7)
 
     def test_nothing_is_imported_until_it_is_asked_for(self, package):

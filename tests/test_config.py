@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from diffrl import config
+from diffrl import config, settings_file
 from diffrl.errors import DiffRLError
 
 
@@ -15,7 +15,7 @@ def stored(tmp_path):
     """Return the path of a run's settings, of which some are not the defaults."""
     path = tmp_path / "config.yaml"
     words = ["env=gaussian_mixture", "algo=ddpo", "algo.kl=0.25", "seed=3", "eval_scales=[]"]
-    config.write(config.load(words), path)
+    settings_file.write(config.load(words), path)
     return path
 
 
@@ -26,20 +26,20 @@ def change(path, edit):
 
 
 def test_settings_younger_than_the_run_are_their_defaults(stored):
-    whole = config.read(stored)
+    whole = settings_file.read(stored)
 
     def older(tree):
         del tree["keep_last"], tree["algo"]["kl_form"], tree["env"]["eta"]
 
     change(stored, older)
-    assert config.read(stored) == whole
+    assert settings_file.read(stored) == whole
     assert whole.algo.kl == 0.25
 
 
 def test_a_setting_that_this_version_lacks_is_named(stored):
     change(stored, lambda tree: tree["algo"].update(momentum=0.9))
     with pytest.raises(DiffRLError, match=r"config\.yaml: cannot be read as a run's settings.*momentum"):
-        config.read(stored)
+        settings_file.read(stored)
 
 
 def test_wherever_it_is_cut_short_it_is_refused(stored):
@@ -49,10 +49,10 @@ def test_wherever_it_is_cut_short_it_is_refused(stored):
     for count in range(0, len(lines), 5):
         stored.write_text("".join(lines[:count]))
         with pytest.raises(DiffRLError, match="cannot be read as a run's settings"):
-            config.read(stored)
+            settings_file.read(stored)
     stored.write_text("".join(lines[:-1]))
     with pytest.raises(DiffRLError, match="it is cut short: its last setting, 'eval_scales', is missing"):
-        config.read(stored)
+        settings_file.read(stored)
 
 
 class TestFiles:
@@ -77,12 +77,12 @@ class TestFiles:
 
     def test_elsewhere_they_go_by_their_names(self, words, tmp_path):
         chosen = config.load(words)
-        line = config.command(chosen, here=False)
-        assert str(tmp_path) in config.command(chosen)
+        line = settings_file.command(chosen, here=False)
+        assert str(tmp_path) in settings_file.command(chosen)
         assert str(tmp_path) not in line
         again = config.load(shlex.split(line)[2:])  # they lie in this folder
-        assert config.same(config.facts(again), chosen)
-        config.write(chosen, tmp_path / "config.yaml", here=False)
+        assert settings_file.same(settings_file.facts(again), chosen)
+        settings_file.write(chosen, tmp_path / "config.yaml", here=False)
         text = (tmp_path / "config.yaml").read_text()
         assert "chosen_by: '[mine.py:red,jpeg]'" in text
         assert "prompts: my words.txt" in text

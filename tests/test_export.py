@@ -17,7 +17,7 @@ from test_cli import fails
 from torch import nn
 
 import diffrl.export
-from diffrl import ControlledStableDiffusionPipeline, weights
+from diffrl import ControlledStableDiffusionPipeline, settings_file, weights
 from diffrl import config as settings
 from diffrl.cli import main
 from diffrl.draw import draw
@@ -178,7 +178,7 @@ class TestCard:
     def test_its_command_asks_for_the_run_s_settings(self, exported, learnt_run):
         text = (exported["diffrl"] / "README.md").read_text()
         (line,) = [line for line in text.splitlines() if line.startswith("diffrl train")]
-        asked, run = settings.load(shlex.split(line)[2:]), settings.read(learnt_run / "config.yaml")
+        asked, run = settings.load(shlex.split(line)[2:]), settings_file.read(learnt_run / "config.yaml")
         run.name, run.root = asked.name, asked.root
         run.env.model = Path(run.env.model).name  # no place of this machine
         assert asked == run
@@ -211,10 +211,10 @@ class TestCard:
 def test_the_words_of_settings_ask_for_these_settings(words, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     config = settings.load(words)
-    again = settings.words(config)
+    again = settings_file.words(config)
     assert not any(word.endswith("=custom") for word in again)
-    assert settings.facts(settings.load(again)) == settings.facts(config)
-    assert settings.words(settings.load([])) == []
+    assert settings_file.facts(settings.load(again)) == settings_file.facts(config)
+    assert settings_file.words(settings.load([])) == []
 
 
 def test_the_emoji_model_is_found_wherever_the_run_was_trained():
@@ -275,7 +275,7 @@ class TestNothingIsHalfWritten:
         assert "algo=none, so there is nothing learnt" in refused(tmp_path / "plain")
         points = tmp_path / "points"
         points.mkdir()
-        settings.write(settings.load(["env=gaussian_mixture"]), points / "config.yaml")
+        settings_file.write(settings.load(["env=gaussian_mixture"]), points / "config.yaml")
         assert "draws points, not pictures" in refused(points)
         early = tmp_path / "early"
         early.mkdir()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_cli import fails
 
-from diffrl import config
+from diffrl import config, settings_file
 from diffrl.benchmarks.summary import over_training
 from diffrl.cli import main
 
@@ -105,7 +105,7 @@ def test_a_run_is_a_suite_of_one_row(tmp_path):
 def test_a_run_has_a_curve_of_each_measure_and_the_command_that_made_it(tmp_path):
     run = tmp_path / "one"
     run.mkdir()
-    config.write(config.load(["algo.gamma=7", "seed=3"]), run / "config.yaml")
+    settings_file.write(config.load(["algo.gamma=7", "seed=3"]), run / "config.yaml")
     points = [
         {"update": 0, "eval/reward_mean": -2.5, "eval/accuracy": 0.2, "spent/pictures": 0},
         {"update": 9, "eval/reward_mean": -1.5, "eval/accuracy": None, "spent/pictures": 80},

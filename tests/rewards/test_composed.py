@@ -9,7 +9,7 @@ from conftest import assert_close
 from test_cli import fails
 
 import diffrl
-from diffrl import config
+from diffrl import config, settings_file
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
 from diffrl.rewards.closed_form import Gaussian, Softmax
@@ -90,10 +90,13 @@ def test_it_has_none_of_the_faults_that_a_check_finds():
 def test_it_is_written_read_and_pickled(tmp_path, monkeypatch):
     words = ["reward=[jpeg,parts.py:Light]", "reward.weights=[1,2]", "reward.parts.Light.strength=3"]
     chosen = config.load(words)
-    config.write(chosen, tmp_path / "config.yaml")
+    settings_file.write(chosen, tmp_path / "config.yaml")
     monkeypatch.chdir("/")
     expected = -jpeg_kilobytes(QUARTER) + 2 * 3 * 0.25
-    for reward in (config.read(tmp_path / "config.yaml").reward, pickle.loads(pickle.dumps(chosen.reward))):
+    for reward in (
+        settings_file.read(tmp_path / "config.yaml").reward,
+        pickle.loads(pickle.dumps(chosen.reward)),
+    ):
         assert_close(reward(QUARTER, NO_LABEL_READ), expected, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import assert_close
 from test_cli import fails
 
-from diffrl import config
+from diffrl import config, settings_file
 from diffrl.cli import main
 
 FILE = """
@@ -97,7 +97,7 @@ def test_a_class_has_settings_and_may_have_a_gradient(file, tiny_path):
     assert_close(reward(images, None), [0.5, 0.5], atol=1e-7)
     assert_close(pickle.loads(pickle.dumps(reward))(images, None), [0.5, 0.5], atol=1e-7)
     assert config.chosen(config.load(words), "reward") == "custom"
-    assert config.same(config.facts(config.load(words)), config.load(words))
+    assert settings_file.same(settings_file.facts(config.load(words)), config.load(words))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_a_setting_may_be_a_path(file, tmp_path, capsys):
     words = ["algo=ddpo", "reward=mine.py:Table", "reward.where=other/table.csv"]
     chosen = config.load(words)
     assert chosen.reward.where == Path("other/table.csv")
-    config.write(chosen, tmp_path / "config.yaml")
-    again = config.read(tmp_path / "config.yaml")
+    settings_file.write(chosen, tmp_path / "config.yaml")
+    again = settings_file.read(tmp_path / "config.yaml")
     assert again.reward.where == Path("other/table.csv")
-    assert config.same(config.facts(chosen), again)
-    assert config.load(config.words(chosen)).reward.where == Path("other/table.csv")
+    assert settings_file.same(settings_file.facts(chosen), again)
+    assert config.load(settings_file.words(chosen)).reward.where == Path("other/table.csv")
     assert main(["train", "--help", *words]) == 0
     assert "reward.where=other/table.csv" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from conftest import assert_close
 from test_cli import fails
 
 import diffrl
-from diffrl import config
+from diffrl import config, settings_file
 from diffrl.benchmarks.soak import bits, numbers
 from diffrl.cli import main
 from diffrl.rewards.surrogate import OnlineSurrogateReward
@@ -131,8 +131,8 @@ def test_a_run_with_it_counts_its_queries_is_judged_by_the_true_reward_and_resum
 def test_settings_of_the_true_reward_are_reached_and_come_back(tmp_path):
     words = ["reward=surrogate[[jpeg,jpeg_incompressible]]", "reward.of.weights=[1,3]", "reward.queries=9"]
     chosen = config.load(words)
-    config.write(chosen, tmp_path / "config.yaml")
-    again = config.read(tmp_path / "config.yaml").reward
+    settings_file.write(chosen, tmp_path / "config.yaml")
+    again = settings_file.read(tmp_path / "config.yaml").reward
     assert (again.queries, again.of.weights) == (9, [1.0, 3.0])
     assert again.differentiable
     assert not again.of.differentiable
