@@ -32,7 +32,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
     with _readable(path):
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
         asked = {group: word_of(stored.pop("_" + group), stored[group]) for group in GROUPS}
-        composed = tree([f"{group}={register(group, word)}" for group, word in asked.items()])
+        composed = tree([f"{group}={_registered(group, word, path)}" for group, word in asked.items()])
         if (last := fields(Config)[-1].name) not in stored:
             raise ValueError(f"it is cut short: its last setting, {last!r}, is missing")
         return to_objects(OmegaConf.merge(composed, stored, OmegaConf.from_dotlist(list(overrides))))
@@ -72,13 +72,16 @@ def write(config: Config, path: Path, *, here: bool = True) -> None:
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """Return all that decides a run's numbers: the settings, of a model or a file of yours its content."""
+    """Return all that decides a run's numbers: the settings, of a model or a file of yours its content.
+
+    Other files go by their names: they may lie in another folder now.
+    """
     found = _stored(config)
     for name in ("name", "root", "resume", "checkpoint_every", "keep_last", "reward_timeout"):
         del found[name]
     if "model" in found["env"]:
         found["env"]["model"] = fingerprint(found["env"]["model"])
-    return _with_content(found)
+    return _elsewhere(_with_content(found))
 
 
 def same(stored: Mapping[str, Any], config: Config) -> bool:
@@ -131,6 +134,16 @@ def _readable(path: Path) -> Iterator[None]:
     except (OSError, TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # YAML's errors have several lines
         raise DiffRLError(f"{path}: cannot be read as a run's settings ({reason}).") from error
+
+
+def _registered(group: str, word: str, path: Path) -> str:
+    """Return the name of what a stored word asks for, see `register`."""
+    try:
+        return register(group, word)
+    except DiffRLError as error:
+        raise DiffRLError(
+            f"{error} So it stands in {path}, at chosen_by; if a file of yours was moved, change it there."
+        ) from error
 
 
 def _stored(config: Config) -> dict[str, Any]:

@@ -118,6 +118,23 @@ def test_mistakes_are_named(file, tiny_path, capsys, word, expected):
     assert expected in fails(capsys, *train(tiny_path, *words, *f"reward={word}".split()))
 
 
+def test_a_run_is_gone_on_with_when_its_files_were_moved(file, tiny_path, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("cat\n")
+    words = ["algo=ddpo", "algo.minibatches=1", "reward=mine.py:redness", "prompts=words.txt"]
+    assert main(train(tiny_path, *words)) == 0
+    (tmp_path / "moved").mkdir()
+    for name in ("mine.py", "words.txt"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    line = fails(capsys, "train", "--resume", "runs/run")
+    assert "no such file" in line
+    assert "So it stands in runs/run/config.yaml, at chosen_by" in line
+    stored = tmp_path / "runs" / "run" / "config.yaml"
+    text = stored.read_text()
+    stored.write_text(text.replace(f"{tmp_path}/", f"{tmp_path}/moved/").replace("moved/tiny", "tiny"))
+    assert main(["train", "--resume", "runs/run"]) == 0
+    assert "finished already" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("text", "why"), [("1 / 0", "ZeroDivisionError: division by zero"), ("exit(3)", "SystemExit: 3")]
 )
