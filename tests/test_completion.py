@@ -15,13 +15,15 @@ from diffrl.cli import main
         (["train", "algo=ddpo", "guidance=s"], ["guidance=smc", "guidance=svdd"]),
         (["doctor", "+experiment=rwr_s"], ["+experiment=rwr_sparse_paper"]),
         (["eval", "--control"], ["--control-scale"]),
+        (["train", "algo.learning_r"], ["algo.learning_rate="]),
+        (["plan", "eval_p"], ["eval_prompts=", "eval_pictures="]),
         (["list", "algo="], []),
     ],
 )
 def test_bash_completes_commands_options_and_choices(words, offered, capsys):
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
-    typed = f"COMP_WORDS=(diffrl {' '.join(words)}); COMP_CWORD={len(words)}; _shtab_diffrl"
+    typed = f"COMP_WORDS=(diffrl {' '.join(words)}); COMP_CWORD={len(words)}; _diffrl 2> /dev/null"
     said = 'printf "%s\\n" "${COMPREPLY[@]}"; [[ $COMP_WORDBREAKS != *=* ]] && echo whole words'
     code = f"{script}\n{typed}\n{said}"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
