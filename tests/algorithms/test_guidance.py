@@ -3,12 +3,10 @@
 The laws of label 1 were measured independently, by another program, with 6,000 samples or more.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import assert_close
-from test_exact import TOY, solve
+from mixture import ALPHA_BAR, ClosedFormPolicy, Linear, attach, run, state, target
 
 from diffrl.algorithms.guidance.base import Unguided
 from diffrl.algorithms.guidance.mpgd import MPGD
@@ -18,92 +16,9 @@ from diffrl.algorithms.guidance.svdd import SVDD
 from diffrl.backbones.gaussian_mixture import Mixture
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
-from diffrl.exact import moments
 from diffrl.policy import Policy
-from diffrl.rewards.closed_form import Softmax
 from diffrl.rollout import rollout
-from diffrl.schedule import DDIMSchedule, make_scheduler
-from diffrl.types import ActorStep, draw
-
-ALPHA_BAR = make_scheduler().alphas_cumprod.double()
-
-
-class ClosedFormPolicy:
-    """The mixture's optimal denoiser in the place of a network."""
-
-    guidance_scale = 1.0
-
-    def __init__(self, mixture=TOY, num_steps=50):
-        self.mixture = mixture
-        self.schedule = DDIMSchedule(make_scheduler(), num_steps, 1.0).double()
-        self.num_calls = 0
-
-    def noise(self, obs):
-        self.num_calls += len(obs["latents"])
-        return self.mixture.eps(obs["latents"], ALPHA_BAR[obs["timestep"]])
-
-    def unconditional(self, obs):
-        return self.noise(obs) - 0.5
-
-    def begin(self, obs):
-        pass
-
-    def act(self, obs, generator):
-        law = self.schedule.step(obs["latents"], self.noise(obs), obs["timestep"])
-        return ActorStep(draw(law, generator), law)
-
-
-class Points:
-    """A backbone whose latents are the points themselves."""
-
-    unet = SimpleNamespace(device=torch.device("cpu"))
-    scheduler, latent_shape, prompt_shape, image_size = make_scheduler(), (1, 1, 1), (1, 1), 1
-
-    def encode_prompts(self, prompts):
-        return torch.zeros(len(prompts), 1, 1)
-
-    def decode(self, latents):
-        return latents
-
-
-class Linear:
-    """r(x) = 1.5 x, whatever the label."""
-
-    differentiable, num_classes = True, (2,)
-
-    def __call__(self, images, context):
-        return 1.5 * images.flatten(1)[:, 0]
-
-
-def attach(guidance, count, *, policy=None, reward=None):
-    policy = policy or ClosedFormPolicy()
-    count *= guidance.population
-    env = DenoisingVectorEnv(
-        Points(),
-        policy.schedule,
-        reward or Softmax(),
-        ["x"],
-        num_envs=count,
-        group_size=guidance.population,
-    )
-    return guidance.attach(policy, env), env
-
-
-def run(guidance, count, *, label=1, seed=1, **kwargs):
-    """Return x_0 of `count` guided samples, those that were chosen, and the actor."""
-    actor, env = attach(guidance, count, **kwargs)
-    generator = torch.Generator().manual_seed(seed)
-    label = torch.as_tensor(label).expand(env.num_envs)[:, None]
-    x_0 = rollout(env, actor, generator, seed=seed, options={"label": label}).latents[-1].flatten()
-    actor.particles = x_0.view(count, guidance.population)
-    return x_0[actor.chosen(generator)], actor
-
-
-@pytest.fixture(scope="module")
-def target():
-    """Mean, standard deviation, log Z of label 1, exactly."""
-    toy = solve()
-    return *(float(m) for m in moments(toy.target[1], toy.points)), float(toy.log_z[1])
+from diffrl.schedule import DDIMSchedule
 
 
 @pytest.mark.parametrize(
@@ -132,47 +47,28 @@ def test_law_of_label_one_is_the_published_one(guidance, mean, deviation):
 class TestBias:
     """Where theory says: too far into the class and too narrow, each in its degree."""
 
-    def test_reconstruction_overshoots_and_its_frozen_form_more(self, target):
-        mean, deviation, _ = target
+    def test_reconstruction_overshoots_and_its_frozen_form_more(self):
+        mean, deviation, _ = target()
         full, frozen = (run(Reconstruction(jacobian=j), 4000)[0] for j in ("full", "frozen"))
         assert mean + 0.05 < full.mean() < frozen.mean() - 0.05
         assert full.std() < deviation - 0.05
 
-    def test_weak_reconstruction_keeps_too_much_of_the_other_component(self, target):
-        assert run(Reconstruction(scale=0.3), 4000)[0].std() > target[1] + 0.2
+    def test_weak_reconstruction_keeps_too_much_of_the_other_component(self):
+        assert run(Reconstruction(scale=0.3), 4000)[0].std() > target()[1] + 0.2
 
-    def test_a_long_step_of_mpgd_goes_too_far_and_too_narrow(self, target):
+    def test_a_long_step_of_mpgd_goes_too_far_and_too_narrow(self):
         x_0, _ = run(MPGD(rho=1.0), 2000)
-        assert x_0.mean() > target[0] + 0.2
-        assert x_0.std() < target[1] / 2
+        assert x_0.mean() > target()[0] + 0.2
+        assert x_0.std() < target()[1] / 2
 
-    def test_svdd_goes_to_a_limit_past_the_target_as_candidates_grow(self, target):
+    def test_svdd_goes_to_a_limit_past_the_target_as_candidates_grow(self):
         few, many = (run(SVDD(m, gamma=1.0), 4000)[0] for m in (4, 50))
-        assert target[0] + 0.02 < few.mean() < many.mean()
-        assert many.std() < few.std() < target[1]
+        assert target()[0] + 0.02 < few.mean() < many.mean()
+        assert many.std() < few.std() < target()[1]
 
-    def test_two_twisted_particles_err_past_the_target_and_two_plain_ones_towards_the_prior(self, target):
+    def test_two_twisted_particles_err_past_the_target_and_two_plain_ones_towards_the_prior(self):
         twisted, plain = (run(SMC(2, twisted=t, ess_threshold=1.0), 6000)[0].mean() for t in (True, False))
-        assert plain + 0.05 < target[0] < twisted - 0.05
-
-
-@pytest.mark.parametrize("twisted", [False, True])
-@pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
-class TestSMC:
-    def test_a_large_population_has_the_targets_mean(self, target, twisted, resampling):
-        form = "sigma2" if twisted else "eps"
-        guidance = SMC(256, twisted=twisted, form=form, resampling=resampling)
-        x_0, actor = run(guidance, 40)
-        means = (actor.log_weights.softmax(1) * actor.particles).sum(1)
-        assert abs(means.mean() - target[0]) < 3 * means.std() / len(means) ** 0.5 + 0.01
-        assert len(x_0) == 40
-
-    def test_z_is_estimated_without_bias(self, target, twisted, resampling):
-        guidance = SMC(8, twisted=twisted, form="sigma2", resampling=resampling)
-        _, actor = run(guidance, 3000)
-        z = actor.log_z.exp()
-        assert_close(z.mean(), torch.tensor(target[2]).exp(), atol=float(3 * z.std() / len(z) ** 0.5))
-        assert z.std() / len(z) ** 0.5 < 0.01
+        assert plain + 0.05 < target()[0] < twisted - 0.05
 
 
 @pytest.mark.parametrize(
@@ -259,17 +155,6 @@ def test_the_published_mean_over_the_batch_shrinks_the_gradient_by_its_size():
     assert_close(5 * shrunk._gradient(observation)[1], plain._gradient(observation)[1], atol=1e-12)
 
 
-def state(count=5, i=20):
-    latents = torch.randn(count, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    timestep = DDIMSchedule(make_scheduler(), 50, 1.0).timesteps[i].expand(count)
-    return {
-        "latents": latents,
-        "timestep": timestep,
-        "prompt_embeds": torch.zeros(count, 1, 1),
-        "label": torch.zeros(count, 1, dtype=torch.int64),
-    }
-
-
 def law_of(actor, observation):
     actor.env.reset(seed=0, options={"label": observation["label"]})
     actor.begin(observation)
@@ -336,41 +221,6 @@ def test_a_linear_reward_on_a_gaussian_prior_is_guided_exactly_in_many_steps():
     assert_close(x_0.std(), 1.0, atol=0.05)
 
 
-def test_an_exact_potential_with_an_exact_proposal_leaves_nothing_to_weigh():
-    """Gaussian prior, linear reward: log h_t = a E[x_0|x_t] + const, and its gradient is all the tilt."""
-    policy = ClosedFormPolicy(Mixture([1.0], [[0.0]], [1.0]), num_steps=500)
-    guidance = SMC(16, twisted=True, form="sigma2", ess_threshold=0.0)
-    _, actor = run(guidance, 50, policy=policy, reward=Linear())
-    _, blind = run(SMC(16, ess_threshold=0.0), 50, policy=policy, reward=Linear())
-    # the potential at x_T still differs from particle to particle: its weight is left, the steps' is not
-    assert actor.log_weights.std() < 0.35 * blind.log_weights.std()
-
-
-def test_a_capped_proposal_is_still_weighed_right(target):
-    _, actor = run(SMC(8, twisted=True, max_shift=0.05), 2000)
-    z = actor.log_z.exp()
-    assert_close(z.mean(), torch.tensor(target[2]).exp(), atol=float(3 * z.std() / len(z) ** 0.5))
-
-
-def test_a_proposal_moves_no_further_than_it_may():
-    observation = state(count=8)
-    law = (
-        SVDD()
-        .attach(ClosedFormPolicy(), None)
-        .schedule.step(
-            observation["latents"], torch.zeros_like(observation["latents"]), observation["timestep"]
-        )
-    )
-    gradient = torch.linspace(-100, 100, 8, dtype=torch.float64).view(8, 1, 1, 1)
-    lengths = []
-    for most in (None, 2.0):
-        actor, _ = attach(SMC(8, twisted=True, max_shift=most), 1)
-        moved = actor._propose(observation, torch.zeros_like(gradient), law, gradient)
-        lengths.append(((moved.mean - law.mean) / law.stddev).flatten())
-    assert lengths[0].abs().max() > 4
-    assert_close(lengths[1], lengths[0].clamp(-2, 2), atol=1e-9)
-
-
 def test_network_calls_a_picture():
     for guidance, calls in ((Reconstruction(), 50), (MPGD(), 50), (SVDD(4), 1 + 49 * 4), (SMC(4), 200)):
         _, actor = run(guidance, 2)
@@ -392,12 +242,3 @@ def test_network_calls_a_picture():
 def test_bad_settings_name_the_value(make, said):
     with pytest.raises(DiffRLError, match=said):
         make()
-
-
-def test_populations_of_several_labels_or_half_ones_are_refused():
-    actor, env = attach(SMC(4), 2)
-    with pytest.raises(DiffRLError, match="several prompts or labels"):
-        rollout(env, actor, torch.Generator(), options={"label": torch.arange(8)[:, None] % 2})
-    env = DenoisingVectorEnv(Points(), actor.schedule, Softmax(), ["x"], num_envs=6)
-    with pytest.raises(DiffRLError, match="does not divide the 6 envs"):
-        rollout(env, SMC(4).attach(actor.policy, env), torch.Generator())

@@ -1,0 +1,77 @@
+"""Sequential Monte Carlo on a mixture whose answers are known: law, estimate of Z, proposals."""
+
+import pytest
+import torch
+from conftest import assert_close
+from mixture import ClosedFormPolicy, Linear, Points, attach, run, state, target
+
+from diffrl.algorithms.guidance.smc import SMC
+from diffrl.algorithms.guidance.svdd import SVDD
+from diffrl.backbones.gaussian_mixture import Mixture
+from diffrl.envs.denoising import DenoisingVectorEnv
+from diffrl.errors import DiffRLError
+from diffrl.rewards.closed_form import Softmax
+from diffrl.rollout import rollout
+
+
+@pytest.mark.parametrize("twisted", [False, True])
+@pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
+class TestSMC:
+    def test_a_large_population_has_the_targets_mean(self, twisted, resampling):
+        form = "sigma2" if twisted else "eps"
+        guidance = SMC(256, twisted=twisted, form=form, resampling=resampling)
+        x_0, actor = run(guidance, 40)
+        means = (actor.log_weights.softmax(1) * actor.particles).sum(1)
+        assert abs(means.mean() - target()[0]) < 3 * means.std() / len(means) ** 0.5 + 0.01
+        assert len(x_0) == 40
+
+    def test_z_is_estimated_without_bias(self, twisted, resampling):
+        guidance = SMC(8, twisted=twisted, form="sigma2", resampling=resampling)
+        _, actor = run(guidance, 3000)
+        z = actor.log_z.exp()
+        assert_close(z.mean(), torch.tensor(target()[2]).exp(), atol=float(3 * z.std() / len(z) ** 0.5))
+        assert z.std() / len(z) ** 0.5 < 0.01
+
+
+def test_an_exact_potential_with_an_exact_proposal_leaves_nothing_to_weigh():
+    """Gaussian prior, linear reward: log h_t = a E[x_0|x_t] + const, and its gradient is all the tilt."""
+    policy = ClosedFormPolicy(Mixture([1.0], [[0.0]], [1.0]), num_steps=500)
+    guidance = SMC(16, twisted=True, form="sigma2", ess_threshold=0.0)
+    _, actor = run(guidance, 50, policy=policy, reward=Linear())
+    _, blind = run(SMC(16, ess_threshold=0.0), 50, policy=policy, reward=Linear())
+    # the potential at x_T still differs from particle to particle: its weight is left, the steps' is not
+    assert actor.log_weights.std() < 0.35 * blind.log_weights.std()
+
+
+def test_a_capped_proposal_is_still_weighed_right():
+    _, actor = run(SMC(8, twisted=True, max_shift=0.05), 2000)
+    z = actor.log_z.exp()
+    assert_close(z.mean(), torch.tensor(target()[2]).exp(), atol=float(3 * z.std() / len(z) ** 0.5))
+
+
+def test_a_proposal_moves_no_further_than_it_may():
+    observation = state(count=8)
+    law = (
+        SVDD()
+        .attach(ClosedFormPolicy(), None)
+        .schedule.step(
+            observation["latents"], torch.zeros_like(observation["latents"]), observation["timestep"]
+        )
+    )
+    gradient = torch.linspace(-100, 100, 8, dtype=torch.float64).view(8, 1, 1, 1)
+    lengths = []
+    for most in (None, 2.0):
+        actor, _ = attach(SMC(8, twisted=True, max_shift=most), 1)
+        moved = actor._propose(observation, torch.zeros_like(gradient), law, gradient)
+        lengths.append(((moved.mean - law.mean) / law.stddev).flatten())
+    assert lengths[0].abs().max() > 4
+    assert_close(lengths[1], lengths[0].clamp(-2, 2), atol=1e-9)
+
+
+def test_populations_of_several_labels_or_half_ones_are_refused():
+    actor, env = attach(SMC(4), 2)
+    with pytest.raises(DiffRLError, match="several prompts or labels"):
+        rollout(env, actor, torch.Generator(), options={"label": torch.arange(8)[:, None] % 2})
+    env = DenoisingVectorEnv(Points(), actor.schedule, Softmax(), ["x"], num_envs=6)
+    with pytest.raises(DiffRLError, match="does not divide the 6 envs"):
+        rollout(env, SMC(4).attach(actor.policy, env), torch.Generator())
