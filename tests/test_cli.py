@@ -390,7 +390,7 @@ def test_the_last_evaluation_tries_other_strengths_of_the_control(tiny_path, tmp
     assert last["eval/kl_nats"] > 0.0
 
 
-def test_a_sweep_trains_every_combination(tmp_path, monkeypatch, capsys):
+def test_a_sweep_trains_every_combination(tmp_path, monkeypatch, capsys, hasty):
     monkeypatch.chdir(tmp_path)
     words = ["env=gaussian_mixture", "env.num_steps=4", "algo.updates=1"]
     words += ["algo.batch_size=8", "algo.micro_batch_size=8"]

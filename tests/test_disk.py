@@ -47,9 +47,21 @@ def failed(capsys, *words):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("one-fit-for-all")
+
+
+@pytest.fixture(autouse=True)
+def one_fit(cache, monkeypatch):
+    monkeypatch.setenv("DIFFRL_CACHE", str(cache))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache, tmp_path_factory):
     root = tmp_path_factory.mktemp("roomy")
-    assert main(["train", *WORDS, f"root={root}", "name=run"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFRL_CACHE", str(cache))
+        assert main(["train", *WORDS, f"root={root}", "name=run"]) == 0
     return root / "run"
 
 

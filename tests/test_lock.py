@@ -40,7 +40,7 @@ def held_elsewhere():
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, hasty):
     assert main(["train", *WORDS, f"root={tmp_path}", "name=run"]) == 0
     shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))  # so that there is something left
     return tmp_path / "run"
@@ -76,7 +76,7 @@ def test_of_two_that_begin_one_run_the_later_says_that_it_exists(run, tmp_path, 
     assert not list(tmp_path.glob(".twice.draft-*"))
 
 
-def test_of_the_drafts_of_a_run_only_those_of_the_dead_are_deleted(tmp_path, held_elsewhere):
+def test_of_the_drafts_of_a_run_only_those_of_the_dead_are_deleted(tmp_path, held_elsewhere, hasty):
     live, dead = (tmp_path / f".run.draft-{name}" for name in ("live", "dead"))
     for draft in (live, dead):
         draft.mkdir()
