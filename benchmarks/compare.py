@@ -26,7 +26,7 @@ import torch
 from diffrl import __version__, config, settings_file, train
 from diffrl.benchmarks.suites import Cell, Suite
 from diffrl.benchmarks.summary import first_of, summarise
-from diffrl.build import check
+from diffrl.build import check, check_new
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
 
@@ -221,6 +221,7 @@ def _settings(cell: Cell, folder: Path) -> config.Config:
     settings = config.load(cell.words)
     settings.root, settings.name, settings.resume = str(folder), cell.name, "auto"
     check(settings)
+    check_new(settings)
     return settings
 
 

@@ -248,14 +248,6 @@ def check(config: Config) -> None:
             f"patience={config.patience} keep_best=null: better by what? Give keep_best=eval/accuracy, or "
             "another name in metrics.jsonl."
         )
-    if config.keep_best is not None:
-        num_dims = getattr(config.env, "num_dims", None)
-        guards.check_metric(
-            config.keep_best,
-            pictures=num_dims is None,
-            labels=is_learned(config.reward),
-            exact=num_dims == 1 and isinstance(config.guidance, Unguided),
-        )
     if config.clip is not None:
         load_clip(config.clip)  # kept for the evaluations, or refused before anything is trained
     if config.eval_scales and getattr(config.env, "num_dims", None) is not None:
@@ -273,6 +265,18 @@ def check(config: Config) -> None:
     if config.dataset is not None and getattr(config.env, "num_dims", None) is not None:
         raise DiffRLError(
             f"dataset={config.dataset}: for pictures, and this env makes points. Leave it out."
+        )
+
+
+def check_new(config: Config) -> None:
+    """Raise DiffRLError for settings that no run can begin with, though one that is there may have them."""
+    if config.keep_best is not None:
+        num_dims = getattr(config.env, "num_dims", None)
+        guards.check_metric(
+            config.keep_best,
+            pictures=num_dims is None,
+            labels=is_learned(config.reward),
+            exact=num_dims == 1 and isinstance(config.guidance, Unguided),
         )
 
 

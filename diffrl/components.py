@@ -123,7 +123,9 @@ _KINDS = {
 }
 
 
+_FOLDERS: list[Path] = []  # of the files that were loaded, whose neighbours they may import
 _FILE = re.compile(r"([^\[\],]+\.py):")
+_IMPORT = re.compile(r"^\s*(?:from|import)\s+(\w+)", re.MULTILINE)
 _SURROGATE = re.compile(r"surrogate\[(.+)\]")
 
 
@@ -147,8 +149,17 @@ def word_of(name: str, settings: dict[str, Any]) -> str:
 
 
 def content(word: str) -> str:
-    """Return the word with a hash of each file's content in its place: what it says, wherever it lies."""
-    return _FILE.sub(lambda found: f"{hashlib.sha256(Path(found[1]).read_bytes()).hexdigest()}:", word)
+    """Return the word with a hash of each file in its place, and of those beside it that it imports."""
+    return _FILE.sub(lambda found: f"{_hash(Path(found[1]))}:", word)
+
+
+def _hash(path: Path) -> str:
+    text = path.read_bytes()
+    digest = hashlib.sha256(text)
+    for name in sorted(set(_IMPORT.findall(text.decode(errors="replace")))):
+        if (neighbour := path.with_name(f"{name}.py")).is_file():
+            digest.update(neighbour.read_bytes())
+    return digest.hexdigest()
 
 
 def installed(group: str) -> dict[str, EntryPoint]:
@@ -237,10 +248,7 @@ def _from_file(group: str, word: str) -> type:
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[title] = importlib.util.module_from_spec(spec)  # dataclasses look there for types
-    if str(path.parent) not in sys.path:
-        sys.path.append(
-            str(path.parent)
-        )  # for what lies beside it, as when Python runs it; last, hiding nothing
+    _clear_the_way(path.parent)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's own code
@@ -251,6 +259,18 @@ def _from_file(group: str, word: str) -> type:
     source = f"{path}:{name}"
     own, more = getattr(module, name), [("chosen_by", str, source)]
     return as_component(group, source, own, line=f"{name} of {path.name}.", more=more)
+
+
+def _clear_the_way(folder: Path) -> None:
+    """Have what lies in a folder imported from there, not what is called alike in another file's folder."""
+    others = [place for place in _FOLDERS if place != folder]
+    for neighbour in folder.glob("*.py"):
+        loaded = getattr(sys.modules.get(neighbour.stem), "__file__", None)
+        if loaded and Path(loaded).parent in others:
+            del sys.modules[neighbour.stem]
+    sys.path[:] = [place for place in sys.path if place not in map(str, _FOLDERS)]
+    _FOLDERS[:] = others if str(folder) in sys.path else [folder, *others]
+    sys.path += map(str, _FOLDERS)  # behind all else, of which they hide nothing
 
 
 def as_component(
@@ -307,7 +327,10 @@ def _with_init(own: type) -> type | None:
     for base in own.__mro__[:-1]:
         written = vars(base).get("__init__")
         generated = getattr(getattr(written, "__code__", None), "co_filename", "") == "<string>"
-        if written is not None and not generated and not getattr(base, "_is_protocol", False):
+        made_there = base is not own and hasattr(
+            own, "__post_init__"
+        )  # as nn.Module's, by super().__init__()
+        if written is not None and not (generated or made_there or getattr(base, "_is_protocol", False)):
             return base
     return None
 

@@ -7,7 +7,7 @@ each. Presets are YAML in `diffrl/conf/`.
 import re
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,21 @@ from diffrl.envs.prompts import LISTS
 from diffrl.errors import DiffRLError, unknown, unknown_setting
 from diffrl.policy import LoRA
 
+_FILES = {
+    "prompts",
+    "eval_prompts",
+    "dataset",
+    "clip",
+    "mlp",
+    "classifier",
+    "model",
+}  # settings that may be
+
 CONF = Path(__file__).parent / "conf"
 """Where the presets and suites lie."""
+
+_FILES = {"prompts", "eval_prompts", "dataset", "clip", "mlp", "classifier", "model"}
+"""The settings that may name a file."""
 
 
 @dataclass
@@ -99,7 +112,7 @@ def load(overrides: list[str]) -> Config:
         >>> config.algo.kl, chosen(config, "env")
         (0.1, 'emoji')
     """
-    return _located(to_objects(composed(overrides)))
+    return located(to_objects(composed(overrides)))
 
 
 def composed(overrides: list[str]) -> DictConfig:
@@ -156,7 +169,7 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
     @hydra.main(config_path="pkg://diffrl.conf", config_name="config", version_base="1.3")
     def one(composed: DictConfig) -> None:
         try:
-            job(_located(to_objects(composed)))
+            job(located(to_objects(composed)))
         except DiffRLError as error:  # Hydra shows a traceback of all others
             raise CompactHydraException(f"diffrl: {error}") from error
 
@@ -165,6 +178,12 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
         one()
     finally:
         sys.argv = arguments
+
+
+def located(config: Config) -> Config:
+    """Return the settings with the full paths of files, so that a run can be gone on with from anywhere."""
+    _locate(config)
+    return config
 
 
 def chosen(config: Config, group: str) -> str:
@@ -187,23 +206,26 @@ def to_objects(composed: Any) -> Config:
     return Config(**values)
 
 
-def _located(config: Config) -> Config:
-    """Return the settings with the full paths of files, so that a run can be gone on with from anywhere."""
-    named = [(config, "prompts"), (config, "eval_prompts"), (config, "dataset"), (config, "clip")]
-    for part, name in [*named, (config.env, "model"), (config.reward, "classifier")]:
-        if hasattr(part, name):
-            setattr(part, name, _full(getattr(part, name)))
-    return config
+def _locate(part: Any) -> None:
+    for one in fields(part):
+        value = getattr(part, one.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            _locate(value)
+        elif one.name in _FILES or isinstance(value, Path):
+            object.__setattr__(part, one.name, _full(value))  # of somebody's, it may be frozen
 
 
 def _full(value: Any) -> Any:
     """Return the full path of a file that is there, in a word or a list of them; all else as it is."""
     if isinstance(value, list):
         return [_full(each) for each in value]
-    kind, colon, file = (value or "").rpartition(":")  # as in imagenet_animals:PATH
-    if not file or value in LISTS or not (path := Path(file).expanduser()).exists():
+    if isinstance(value, Path):
+        return value.expanduser().resolve() if value.expanduser().exists() else value
+    if not isinstance(value, str) or value in LISTS:
         return value
-    return f"{kind}{colon}{path.resolve()}"
+    kind, colon, file = value.rpartition(":")  # as in imagenet_animals:PATH
+    path = Path(file).expanduser()
+    return f"{kind}{colon}{path.resolve()}" if file and path.exists() else value
 
 
 def _register() -> None:

@@ -29,7 +29,7 @@ _CLAIM = 0.2
 """Chosen: so much more than true may a classifier claim of its labels, beyond what it did at first."""
 
 _BLIND = 0.5
-"""Chosen: so many of the pretrained rewards' standard deviations may a surrogate claim above the truth."""
+"""Chosen: so many standard deviations of the true rewards may a surrogate claim above their mean."""
 
 _SURE = 2.0  # standard errors by which the reward has to rise: of noise alone, one evaluation in forty
 
@@ -159,7 +159,8 @@ def _false_claims(first: Mapping[str, float], now: Mapping[str, float]) -> dict[
                 f"finds {now['accuracy']:.2f}"
             )
     claimed, true = now.get("claimed_reward", -math.inf), now["reward_mean"]
-    if claimed - true > _BLIND * first["reward_std"]:
+    spread = max(first["reward_std"], now["reward_std"])
+    if spread > 0 and claimed - true > _BLIND * spread:
         found["claimed_reward"] = f"the surrogate claims {claimed:.3g} and the true reward is {true:.3g}"
     return found
 

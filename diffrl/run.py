@@ -264,7 +264,7 @@ class Run:
                 console.print(
                     f"[bold yellow]{folder}[/]: your own file was edited since; it goes on with it."
                 )
-            elif name not in AT_A_TIME:
+            elif name not in AT_A_TIME and not _moved(then, now):
                 raise DiffRLError(
                     f"{folder}: {name} was {then} when it was saved, and is {now} now, in {CONFIG_FILE}. "
                     "Put it back, or train under another name."
@@ -316,6 +316,11 @@ class Run:
         said += [] if measures["kl_nats"] is None else [f"KL {measures['kl_nats']:.1f} nats"]
         console.print(f"update {update}: {', '.join(said)}, {path}")
         return {f"eval/{name}": value for name, value in measures.items()}
+
+
+def _moved(then: Any, now: Any) -> bool:
+    """Return whether two settings name files that are called alike; what counts of them is claimed."""
+    return isinstance(then, str) and isinstance(now, str) and Path(then).name == Path(now).name
 
 
 def _note(metrics: dict[str, float]) -> str:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from diffrl import disk
 from diffrl.backbones.loading import fingerprint
 from diffrl.components import GROUPS, content, register, word_of
-from diffrl.config import Config, chosen, load, to_objects, tree
+from diffrl.config import Config, chosen, load, located, to_objects, tree
 from diffrl.errors import DiffRLError
 
 
@@ -35,7 +35,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
         composed = tree([f"{group}={_registered(group, word, path)}" for group, word in asked.items()])
         if (last := fields(Config)[-1].name) not in stored:
             raise ValueError(f"it is cut short: its last setting, {last!r}, is missing")
-        return to_objects(OmegaConf.merge(composed, stored, OmegaConf.from_dotlist(list(overrides))))
+        whole = OmegaConf.merge(composed, stored, OmegaConf.from_dotlist(list(overrides)))
+        return located(to_objects(whole))
 
 
 def read_env(path: Path) -> Any:
@@ -72,16 +73,13 @@ def write(config: Config, path: Path, *, here: bool = True) -> None:
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """Return all that decides a run's numbers: the settings, of a model or a file of yours its content.
-
-    Other files go by their names: they may lie in another folder now.
-    """
+    """Return all that decides a run's numbers: the settings, of a model or a file of yours its content."""
     found = _stored(config)
     for name in ("name", "root", "resume", "checkpoint_every", "keep_last", "reward_timeout"):
         del found[name]
     if "model" in found["env"]:
         found["env"]["model"] = fingerprint(found["env"]["model"])
-    return _elsewhere(_with_content(found))
+    return _with_content(found)
 
 
 def same(stored: Mapping[str, Any], config: Config) -> bool:
@@ -174,7 +172,9 @@ def _elsewhere(value: Any) -> Any:
     """Return a word, or a tree of them, without the folders of the full paths in it."""
 
     def bare(leaf: Any) -> Any:
-        return re.sub(r"(?<![^=\[,:'])/[^,:\]]*/", "", leaf) if isinstance(leaf, str) else leaf
+        if not isinstance(leaf, str) or "://" in leaf:
+            return leaf
+        return re.sub(r"(?<![^=\[,:'])/[^,:\]]*/", "", leaf)
 
     return _mapped(value, bare)
 

@@ -15,7 +15,7 @@ from shlex import quote
 
 from diffrl import checkpoint, disk, lock, processes, settings_file, weights
 from diffrl import config as settings
-from diffrl.build import Setup
+from diffrl.build import Setup, check_new
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
 from diffrl.log import RunLog, console
@@ -53,6 +53,7 @@ def train(config: Config) -> Path:
                 f"name=..., or 'diffrl train --resume {quote(str(folder))}' for it as it is."
             )
         return _resume(folder, config, begin)
+    check_new(config)
     setup = Setup(config)
     if processes.is_first():
         with disk.told(folder.parent, _ELSEWHERE):  # before the fit, which may take long
@@ -114,17 +115,27 @@ def is_of(folder: Path, config: Config) -> bool:
 
 def is_done(folder: Path) -> bool:
     """Return whether the run in a folder has come to its end, and was not stopped on the way."""
-    last = next(checkpoint.newest_first(folder / CHECKPOINTS))
-    return bool(checkpoint.read(last).state["done"])
+    return _end(folder) is not None
+
+
+def _end(folder: Path) -> int | None:
+    """Return after how many updates a run has come to its end; None if it has not."""
+    last = next(checkpoint.newest_first(folder / CHECKPOINTS), None)
+    try:
+        state = {} if last is None else checkpoint.read(last).state
+    except checkpoint.DamagedError:  # it goes on from the one before
+        return None
+    return state["update"] if state.get("done") else None
 
 
 def _resume(folder: Path, config: Config, begin: float) -> Path:
+    if (updates := _end(folder)) is not None:
+        if processes.is_first():
+            console.print(f"[bold]{folder}[/]: finished already, {updates} updates")
+        return folder
     with lock.held(folder):
         run = Run(*untrained(folder, config), folder)
         run.load(folder / CHECKPOINTS)
-        if run.done:
-            console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
-            return folder
         if processes.is_first():
             settings_file.write(config, folder / CONFIG_FILE)  # as it goes on
         console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")

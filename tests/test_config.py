@@ -55,6 +55,18 @@ def test_wherever_it_is_cut_short_it_is_refused(stored):
         settings_file.read(stored)
 
 
+TABLE = """
+from pathlib import Path
+
+class T:
+    table: Path = Path("head.pth")
+    classifier: int = 2  # no path, for all its name
+
+    def __call__(self, images, context):
+        return images[:, 0, 0, 0]
+"""
+
+
 class TestFiles:
     """Files of the user's own, which a run names and may have to find from another folder."""
 
@@ -75,6 +87,15 @@ class TestFiles:
         imagenet = config.load(["prompts=imagenet_animals:mine.py"]).prompts
         assert imagenet == f"imagenet_animals:{tmp_path}/mine.py"
 
+    def test_those_of_parts_and_paths_of_a_class_too(self, words, tmp_path):
+        (tmp_path / "head.pth").write_text("")
+        (tmp_path / "mine.py").write_text(TABLE)
+        words = ["algo=ddpo", "reward=[mine.py:T,aesthetic]", "reward.parts.aesthetic.mlp=head.pth"]
+        parts = config.load(words)
+        assert parts.reward.parts.T.table == tmp_path / "head.pth"
+        assert parts.reward.parts.T.classifier == 2
+        assert parts.reward.parts.aesthetic.mlp == f"{tmp_path}/head.pth"
+
     def test_elsewhere_they_go_by_their_names(self, words, tmp_path):
         chosen = config.load(words)
         line = settings_file.command(chosen, here=False)
@@ -87,3 +108,9 @@ class TestFiles:
         assert "chosen_by: '[mine.py:red,jpeg]'" in text
         assert "prompts: my words.txt" in text
         assert f"model: {chosen.env.model}" in text
+
+    def test_an_address_is_no_path(self):
+        chosen = config.load(
+            ["algo=ddpo", "reward=vlm", "reward.model=m", "reward.base_url=http://host/v1"]
+        )
+        assert "http://host/v1" in settings_file.command(chosen, here=False)

@@ -83,6 +83,9 @@ def test_a_run_on_a_full_disk_is_one_line_and_once_there_is_room_the_same_run(
 def test_a_disk_that_may_only_be_read_is_one_line_and_keeps_its_run(small, undisturbed, capfd):
     place = small("size=4m")
     shutil.copytree(undisturbed, place / "run")
+    small("remount", "ro")
+    assert main(["train", "--resume", str(place / "run")]) == 0  # finished already
+    small("remount", "rw")
     last = max((place / "run" / "checkpoints").iterdir())
     shutil.rmtree(last)  # so that there is something left to train
     small("remount", "ro")

@@ -8,7 +8,7 @@ from test_cli import fails
 
 from diffrl import checkpoint, config, guards
 from diffrl.algorithms.ddpo import DDPO
-from diffrl.build import check
+from diffrl.build import check_new
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
 from diffrl.guards import Guards, suspicions
@@ -133,6 +133,8 @@ class TestSuspicions:
         found = suspicions(PRETRAINED, PRETRAINED | {"eval/claimed_reward": claimed})
         words = f"the surrogate claims {claimed:.3g} and the true reward is -6.6"
         assert found == ({"claimed_reward": words} if suspect else {})
+        sparse = {"eval/reward_mean": 0.0, "eval/reward_std": 0.0, "eval/n": 64}
+        assert suspicions(sparse, sparse | {"eval/claimed_reward": 0.1}) == {}  # no scale to go by
 
     @pytest.mark.parametrize(("rise", "sure"), [(2.8, False), (2.9, True), (-5.0, False)])
     def test_the_reward_has_to_rise_by_more_than_its_noise(self, rise, sure):
@@ -184,6 +186,8 @@ class TestRuns:
         assert lines[-1]["guard/best_update"] == 0
         steps = [checkpoint.step_of(folder) for folder in checkpoint.newest_first(run / "checkpoints")]
         assert steps == [4, 0]
+        assert main(["eval", str(run), "guidance=svdd"]) == 0  # which has no exact metric
+        capsys.readouterr()
         assert main(["eval", str(run), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["exact/kl_nats"] == 0
         before = (run / "metrics.jsonl").read_bytes()
@@ -225,9 +229,9 @@ class TestRuns:
     )
     def test_what_no_evaluation_has_is_refused_before_anything_is_loaded(self, words, metric, instead):
         words = ["algo=ddpo", *words]
-        check(config.load([*words, f"keep_best={metric}"]))
+        check_new(config.load([*words, f"keep_best={metric}"]))
         with pytest.raises(DiffRLError, match=f"keep_best={instead}: no such keep_best"):
-            check(config.load([*words, f"keep_best={instead}"]))
+            check_new(config.load([*words, f"keep_best={instead}"]))
 
     def test_the_last_weights_are_judged_as_those_before_and_the_best_ones_measured_once_more(
         self, words, tmp_path

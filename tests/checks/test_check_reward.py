@@ -211,6 +211,22 @@ def test_a_fault_is_found_and_its_mending_said(broken, fault, mend):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda images, context: (images + 1e-4).log().mean((1, 2, 3)),
+        lambda images, context: (images + 1e-6).sqrt().mean((1, 2, 3)),
+        lambda images, context: images.flatten(1).median(1).values,
+        lambda images, context: images.flatten(1).quantile(0.95, 1) - images.flatten(1).quantile(0.05, 1),
+        lambda images, context: (1 - 4 * images).clamp(min=0).mean((1, 2, 3)),
+        lambda images, context: mean(images + (images.round() - images).detach()),  # straight through
+        lambda images, context: (4000 * (mean(images) - 0.6)).sigmoid() + 1e-3 * mean(images),
+    ],
+)
+def test_a_gradient_that_is_sound_in_pictures_is_none(own):
+    diffrl.check_reward(reward(differentiable=True)(own))
+
+
 def test_every_fault_has_a_line():
     def both(images, context):
         return mean(images).double() + torch.rand(len(images))

@@ -37,6 +37,16 @@ class Constructed(Brightness):
     def __init__(self):
         self.strength = 3.0
 
+class Ready(torch.nn.Module):
+    strength: float = 1.0
+
+    def __post_init__(self):
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, images, context):
+        return self.strength * self.share * images.mean((1, 2, 3))
+
 class Network(torch.nn.Module):
     def __call__(self, images, context):
         return images.mean((1, 2, 3))
@@ -150,6 +160,27 @@ def test_a_file_imports_what_lies_beside_it(file, monkeypatch):
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
     reward = config.load(["algo=ddpo", "reward=mine.py:dim"]).reward
     assert_close(reward(torch.ones(1, 3, 4, 4), None), [0.5], atol=1e-7)
+
+
+def test_files_of_two_folders_import_their_own_neighbours_whose_content_counts(tmp_path):
+    rewards, known = [], []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "same_name.py").write_text(f"SIGN = {number}\n")
+        (folder / "r.py").write_text(
+            "from same_name import SIGN\n\ndef f(images, context):\n    return SIGN * images[:, 0, 0, 0]\n"
+        )
+        config_of = config.load(["algo=ddpo", f"reward={folder}/r.py:f"])
+        rewards.append(config_of.reward)
+        known.append(settings_file.facts(config_of)["reward"]["chosen_by"])
+    assert [float(reward(torch.ones(1, 3, 4, 4), None)) for reward in rewards] == [1.0, 2.0]
+    assert known[0] != known[1]
+
+
+def test_a_network_is_made_after_its_settings(file):
+    reward = config.load(["algo=ddpo", "reward=mine.py:Ready", "reward.strength=3"]).reward
+    assert_close(reward(torch.ones(1, 3, 4, 4), None), [1.5], atol=1e-7)
 
 
 def test_a_setting_may_be_a_path(file, tmp_path, capsys):
