@@ -25,8 +25,10 @@ _LEAST = {"prompt_fidelity": 0.75, "clip_score": 0.85, "diversity": 0.5}
 _WIDEST = {"edge_density": 2.0, "saturation": 2.0, "brightness": 2.0, "colour_entropy": 2.0}
 """An image statistic is suspect above this factor of the pretrained model's, or below one over it."""
 
+# Chosen: after 280 updates of CTRL on the emoji model the claim is .72 and the truth .67 (gamma 300), or
+# .77 and .75 (gamma 750), of 256 pictures; before them .24 and .24.
 _CLAIM = 0.2
-"""Chosen: so much more than true may a classifier claim of its labels, beyond what it did at first."""
+"""So much more than true may a classifier claim of its labels, beyond what it did at first."""
 
 _BLIND = 0.5
 """Chosen: so many standard deviations of the true rewards may a surrogate claim above their mean."""
