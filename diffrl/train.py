@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from shlex import quote
 
@@ -115,27 +115,21 @@ def is_of(folder: Path, config: Config) -> bool:
 
 def is_done(folder: Path) -> bool:
     """Return whether the run in a folder has come to its end, and was not stopped on the way."""
-    return _end(folder) is not None
-
-
-def _end(folder: Path) -> int | None:
-    """Return after how many updates a run has come to its end; None if it has not."""
     last = next(checkpoint.newest_first(folder / CHECKPOINTS), None)
     try:
-        state = {} if last is None else checkpoint.read(last).state
+        return last is not None and bool(checkpoint.read(last).state.get("done"))
     except checkpoint.DamagedError:  # it goes on from the one before
-        return None
-    return state["update"] if state.get("done") else None
+        return False
 
 
 def _resume(folder: Path, config: Config, begin: float) -> Path:
-    if (updates := _end(folder)) is not None:
-        if processes.is_first():
-            console.print(f"[bold]{folder}[/]: finished already, {updates} updates")
-        return folder
-    with lock.held(folder):
+    # nothing is written to a finished run, so it may lie where nothing can be
+    with nullcontext() if is_done(folder) else lock.held(folder):
         run = Run(*untrained(folder, config), folder)
         run.load(folder / CHECKPOINTS)
+        if run.done:
+            console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")
+            return folder
         if processes.is_first():
             settings_file.write(config, folder / CONFIG_FILE)  # as it goes on
         console.print(f"[bold]{folder}[/]: goes on after update {run.update} of {config.algo.updates}")
