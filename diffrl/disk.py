@@ -47,8 +47,9 @@ def probe(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x")
     except OSError as error:
-        error.filename = str(there)  # instead of the drawn name
-        raise
+        # instead of the drawn name; and where a folder that is there holds no files, as /proc, it says ENOENT
+        number = errno.EACCES if error.errno == errno.ENOENT else error.errno
+        raise OSError(number, os.strerror(number or 0), str(there)) from error
 
 
 def sync(path: Path) -> None:

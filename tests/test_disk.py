@@ -119,6 +119,12 @@ def test_a_probe_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_folder_that_holds_no_files_is_told(capfd):
+    line = failed(capfd, "train", *WORDS, "root=/proc/runs", "name=run")
+    assert line.startswith("diffrl: /proc: Permission denied. ")
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
