@@ -47,7 +47,7 @@ def probe(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x")
     except OSError as error:
-        # instead of the drawn name; and where a folder that is there holds no files, as /proc, it says ENOENT
+        # its own name instead of the drawn one; a folder that can hold no files, as /proc, says ENOENT
         number = errno.EACCES if error.errno == errno.ENOENT else error.errno
         raise OSError(number, os.strerror(number or 0), str(there)) from error
 
