@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from diffrl import disk
 from diffrl.backbones.loading import fingerprint
-from diffrl.components import GROUPS, content, register, word_of
+from diffrl.components import CUSTOM, GROUPS, content, register, word_of
 from diffrl.config import Config, chosen, load, located, to_objects, tree
 from diffrl.errors import DiffRLError
 
@@ -47,7 +47,7 @@ def read_env(path: Path) -> Any:
     """
     with _readable(path):
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if (name := stored["_env"]) not in GROUPS["env"]:
+        if (name := stored["_env"]) not in GROUPS["env"] or name == CUSTOM:
             raise ValueError(f"its env {name!r} is none that comes with diffrl")
         composed = tree([f"env={name}"])
         return to_objects(OmegaConf.merge(composed, {"env": stored["env"]})).env

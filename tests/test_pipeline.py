@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffrl import ControlledStableDiffusionPipeline
 from diffrl.cli import main
+from diffrl.components import GROUPS
 from diffrl.draw import draw
 from diffrl.errors import DiffRLError
 from diffrl.restore import restore
@@ -61,7 +62,8 @@ def test_it_draws_what_sample_draws(pipe, sampler, guidance, scale, label):
 
 
 @pytest.mark.parametrize("group", ["reward", "algo", "env"])
-def test_a_folder_of_a_stranger_runs_no_code(learnt_run, tmp_path, group):
+def test_a_folder_of_a_stranger_runs_no_code(learnt_run, tmp_path, group, monkeypatch):
+    monkeypatch.setitem(GROUPS["env"], "custom", GROUPS["env"]["emoji"])  # one of our own was loaded before
     folder = tmp_path / "theirs"
     shutil.copytree(learnt_run, folder, ignore=shutil.ignore_patterns("checkpoints"))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
