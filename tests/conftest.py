@@ -20,8 +20,6 @@ from diffrl.benchmarks.pretrain_emoji import make_tokenizer
 from diffrl.envs.emoji import ASSET
 from diffrl.schedule import make_scheduler
 
-LONGEST = {"test_processes.py", "test_resume.py", "test_compare.py", "test_cli.py"}  # some 40 s each
-
 torch.set_num_threads(1)  # two workers share two cores
 
 
@@ -132,11 +130,6 @@ def tiny(tiny_path) -> StableDiffusion:
 @pytest.fixture
 def emoji() -> StableDiffusion:
     return StableDiffusion.load(str(ASSET))
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, so that no worker waits for the other one in the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
