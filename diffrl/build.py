@@ -182,12 +182,8 @@ class Setup:
         del fitted["ceiling"]  # of the reward, not of its classifier
         facts = [__version__, LAYOUT, settings.chosen(config, "reward"), fitted, config.seed]
         if self.dataset is None:
-            facts += [
-                settings_file.facts(config)["env"],
-                self.prompts,
-                config.eval_batch,
-                str(self.device.type),
-            ]
+            env = settings_file.facts(config)["env"]
+            facts += [env, self.prompts, config.eval_batch, str(self.device.type)]
         else:
             facts.append(self.dataset.fingerprint())
         digest.update(json.dumps(facts, sort_keys=True).encode())

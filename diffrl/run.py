@@ -72,9 +72,8 @@ class Run:
         self.surrogate = reward if isinstance(reward, OnlineSurrogateReward) else None
         self.mixture = MixtureEvaluation(setup, policy, reward) if isinstance(reward, ClosedForm) else None
         self.guards = Guards(self.config.keep_best, self.config.patience, algo.restraint)
-        self.facts = settings_file.facts(
-            self.config
-        )  # as they are now; a reward's file may be edited later
+        # as they are now: a file of the user's own may be edited later
+        self.facts = settings_file.facts(self.config)
         self.update = 0  # so many are taken
         self.done = False  # and measured
         self.skipped = 0  # of the last ones, in a row
