@@ -229,11 +229,14 @@ def _full(value: Any) -> Any:
 
 
 def _register() -> None:
+    """Tell Hydra of the components that it does not know: telling it of one is slow."""
     store = ConfigStore.instance()
     store.store(name="config", node=_Schema)
     for group, known in GROUPS.items():
+        held = store.repo.get(group, {})
         for name, node in known.items():
-            store.store(group=group, name=name, node=node)
+            if f"{name}.yaml" not in held or OmegaConf.get_type(held[f"{name}.yaml"].node) is not node:
+                store.store(group=group, name=name, node=node)
 
 
 def _registered(word: str) -> str:
