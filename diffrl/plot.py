@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import matplotlib
+import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -172,9 +174,9 @@ def _legend(figure: Figure, columns: int) -> None:
 
 
 def _picture(figure: Figure) -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once; savefig goes through a figure twice, and encodes it
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _svg(figure: Figure) -> str:
