@@ -1,14 +1,14 @@
 """A run shared by several processes is the run of one: gradients and metrics are sums over all pictures."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import shared_runs
 from conftest import assert_close
 from safetensors.torch import load_file
 
@@ -59,16 +59,13 @@ def commands(tiny_path, root, names=tuple(RUNS)):
     ]
 
 
-def launch(number, words, **environment):
-    script = str(Path(__file__).parent / "shared_runs.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    return subprocess.Popen(
-        [*torchrun, script, json.dumps(words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def launch(number, words, cache, log):
+    """Begin runs that `number` processes share, as torchrun does, but for each one's imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffrl.train", "shared_runs"])
+    run = context.Process(target=shared_runs.launch, args=(number, words, cache, log))
+    run.start()
+    return run
 
 
 def numbers(folder):
@@ -99,9 +96,10 @@ def alone(tiny_path, tmp_path_factory):
 @pytest.mark.parametrize(("count", "names"), [(2, tuple(RUNS)), (4, ("ctrl", "rwr-sparse"))])
 def test_the_result_does_not_depend_on_how_many_share_the_run(count, names, alone, tiny_path, tmp_path):
     root, cache = alone
-    run = launch(count, commands(tiny_path, tmp_path, names), DIFFRL_CACHE=str(cache))
-    said, _ = run.communicate()
-    assert run.returncode == 0, said
+    run = launch(count, commands(tiny_path, tmp_path, names), cache, tmp_path / "log")
+    run.join()
+    said = (tmp_path / "log").read_text()
+    assert run.exitcode == 0, said
     assert "".join(said.split()).count("Next:diffrleval") == len(names)  # one of them reports each
     for name in names:
         one, several = numbers(root / name), numbers(tmp_path / name)
@@ -131,7 +129,7 @@ def test_more_processes_than_micro_batches_are_refused(tiny_path, tmp_path, caps
 def test_one_that_dies_and_ctrl_c_end_them_all(how, alone, tiny_path, tmp_path):
     """The one that dies ends the others with its error; Ctrl-C leaves a run that can be resumed."""
     endless = [*commands(tiny_path, tmp_path)[0], "algo.updates=100000"]
-    run = launch(2, [endless], DIFFRL_CACHE=str(alone[1]))
+    run = launch(2, [endless], alone[1], tmp_path / "log")
     metrics = tmp_path / "ctrl" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while (
@@ -142,11 +140,11 @@ def test_one_that_dies_and_ctrl_c_end_them_all(how, alone, tiny_path, tmp_path):
     if how == "dies":
         os.kill(children[1], signal.SIGKILL)
     else:
-        run.send_signal(signal.SIGINT)
-    said, _ = run.communicate(timeout=120)
-    assert run.returncode
+        os.kill(run.pid, signal.SIGINT)
+    run.join(120)
+    assert run.exitcode
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     if how == "dies":
-        assert "Signal 9 (SIGKILL)" in said
+        assert "Signal 9 (SIGKILL)" in (tmp_path / "log").read_text()
     else:
         assert list((tmp_path / "ctrl" / "checkpoints").iterdir())
