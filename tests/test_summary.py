@@ -1,0 +1,69 @@
+"""The arithmetic of a suite's table, and how it is printed."""
+
+import math
+
+from conftest import assert_close
+
+from diffrl.benchmarks import suites, summary
+from diffrl.log import print_wide
+
+
+def test_interval_is_students():
+    mean, half = summary.interval([1.0, 2.0, 6.0])
+    assert_close(mean, 3.0, atol=1e-12)
+    # t of 2 degrees at .975 is 4.3027; standard deviation sqrt(7)
+    assert_close(half, 4.30265 * math.sqrt(7 / 3), atol=1e-4)
+    assert summary.interval([2.5]) == (2.5, None)
+
+
+def test_a_row_is_the_mean_over_seeds_of_the_last_evaluation():
+    def cell(seed, last):
+        return {"row": "a", "seed": seed, "minutes": 1.0, "points": [{"m": 9.0}, {"m": last, "l": [1]}]}
+
+    (row,) = summary.summarise("s", [cell(0, 1.0), cell(1, 3.0), {"row": "a", "seed": 2, "failed": True}])
+    assert (row["suite"], row["method"], row["n_seeds"], row["failed"]) == ("s", "a", 2, 1)
+    assert (row["m"], row["m_max"]) == (2.0, 3.0)
+    assert_close(row["m_ci95"], 12.7062, atol=1e-3)  # t of 1 degree; standard error 1
+    assert "l" not in row
+
+
+def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them():
+    def cell(seed, reward, *seconds):
+        points = [{"reward": reward, "spent/seconds": s, "spent/pictures": 8.0 * s} for s in seconds]
+        return {"row": "a", "seed": seed, "minutes": 1.0, "points": points}
+
+    records = [cell(0, 1.0, 10.0, 20.0), cell(1, 3.0, 15.0, 90.0)]
+    (row,) = summary.summarise("s", records)
+    assert (row["spent/seconds"], row["spent/seconds_ci95"]) == (20.0, None)
+    assert row["spent/pictures"] == 440.0
+    for record in records:
+        for point in record["points"]:
+            point["spent/network_calls"] = 1.0
+    suite = suites.Suite(rows={"a": []}, columns={"r": "reward"}, curve={"r": "reward"})
+    panels = summary.curves(suite, records)
+    assert panels["seconds"][0].x == [10.0, 20.0]
+    assert panels["pictures drawn"][0].x == [100.0, 440.0]
+    assert panels["seconds"][0].y == [2.0, 2.0]
+
+
+def test_a_record_has_the_bare_names_of_an_evaluation():
+    row = {"suite": "s", "n_seeds": 3, "eval/accuracy": 0.5, "eval/accuracy_ci95": 0.1, "exact/tv": 0.2}
+    names = ["suite", "n_seeds", "accuracy", "accuracy_ci95", "exact/tv"]
+    assert list(summary.bare(row)) == names
+
+
+def test_numbers_have_the_digits_that_their_size_deserves():
+    texts = [
+        summary.as_text(number, scale) for number, scale in ((12345.6, 1e4), (73.0, 451.0), (86.87, 86.87))
+    ]
+    assert texts == ["12,346", "73", "86.9"]
+    assert [summary.as_text(0.0257, 0.566), summary.as_text(-1.958, -1.958)] == ["0.026", "-1.958"]
+
+
+def test_a_table_of_many_columns_is_printed_whole(capsys):
+    names = {f"a measure of some length, number {i}": "x" for i in range(12)}
+    row = {"method": "one", "failed": 0, "x": 1.5, "x_ci95": 0.25}
+    print_wide(summary.table(suites.Suite(rows={"one": []}, columns=names), [row]))
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+    assert out.count("1.500 ± 0.250") == 12

@@ -1,0 +1,100 @@
+"""Trials: a suite's rows take the best of a few values, on prompts of their own."""
+
+import json
+
+import pytest
+from small_suite import words, write
+from test_cli import fails
+
+from diffrl.cli import main
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A row tuned over three strengths of guidance, by how probable the label is in the end."""
+    folder = tmp_path_factory.mktemp("tuned")
+    path = write(
+        folder,
+        rows={"guided": ["algo=none", "guidance=reconstruction"], "plain": ["algo=none"]},
+        columns={"log p": ["exact/log_prob", "sampled/log_prob"]},
+        settings=["env=gaussian_mixture", "env.num_steps=20"],
+        tune={"guided": {"guidance.scale": [0.0, 2.0, 0.5]}},
+        tune_by="sampled/log_prob",
+        tune_settings=["env.num_steps=10"],
+        quick={"all": ["env.num_steps=5"], "guided": ["guidance.scale=0.1"]},
+        seeds=1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFRL_CACHE", str(folder / "cache"))
+        main(words(path, "--jobs", "1"))
+    return path
+
+
+def test_the_best_value_of_the_trials_becomes_the_rows(tuned):
+    stored = json.loads((tuned.parent / "cells" / "mine" / "mine.json").read_text())
+    assert [trial["row"].split("=")[-1] for trial in stored["trials"]] == ["0.0", "2.0", "0.5"]
+    scores = [trial["points"][-1]["sampled/log_prob"] for trial in stored["trials"]]
+    assert max(scores) == scores[1]  # stronger guidance, more probable label
+    guided, plain = stored["cells"]
+    assert guided["words"][-2:] == ["guidance.scale=2.0", "seed=0"]
+    assert plain["words"] == [*stored["settings"]["settings"], "algo=none", "seed=0"]
+    assert "env.num_steps=10" in stored["trials"][0]["words"]
+
+
+def test_verify_finds_the_same_numbers_and_tells_others(tuned, capsys):
+    assert main(words(tuned, "verify")) == 0
+    assert "every column lies where it was" in capsys.readouterr().out
+    folder = tuned.parent / "cells" / "mine"
+    for cell in folder.glob("*/cell.json"):
+        record = json.loads(cell.read_text())
+        name = next(n for n in record["points"][-1] if n.endswith("/log_prob"))
+        record["points"][-1][name] -= 0.5
+        cell.write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        main(words(tuned, "verify"))
+    assert "differs" in capsys.readouterr().out
+
+
+def test_a_measure_that_no_trial_has_is_named(tuned, capsys):
+    text = tuned.read_text().replace("tune_by: sampled/log_prob", "tune_by: eval/accuracy")
+    other = tuned.with_name("mine.yaml")
+    other.write_text(text)
+    try:
+        message = fails(capsys, *words(other, "--jobs", "1"))
+    finally:
+        other.write_text(text.replace("tune_by: eval/accuracy", "tune_by: sampled/log_prob"))
+    assert "tune_by: eval/accuracy: None in the trial 'guided guidance.scale=0.0'" in message
+
+
+def test_words_of_the_user_win_over_quick_ones_and_never_over_tuned_ones(tuned, capsys):
+    there = ["--out", str(tuned.parent / "o"), "--root", str(tuned.parent / "other")]
+    assert main(words(tuned, "--quick", "--jobs", "1", "env.num_steps=6", *there)) == 0
+    stored = json.loads((tuned.parent / "o" / "mine-quick.json").read_text())
+    assert stored["cells"][0]["words"][-2:] == ["env.num_steps=6", "seed=0"]
+    assert "the suite sets guidance.scale itself" in fails(capsys, *words(tuned, "guidance.scale=3"))
+
+
+def test_quick_tunes_nothing_and_has_a_folder_of_its_own(tuned):
+    assert main(words(tuned, "--quick", "--jobs", "1")) == 0
+    stored = json.loads((tuned.parent / "cells" / "mine-quick" / "mine-quick.json").read_text())
+    assert "trials" not in stored
+    assert stored["cells"][0]["words"][-3:] == ["env.num_steps=5", "guidance.scale=0.1", "seed=0"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"tune": {"ctrl": {"algo.gamma": [1]}}}, "row=ctrl: no such row"),
+        ({"tune": {"reward only": {"algo.gamma": 1}}}, "not one setting with a list of values"),
+        ({"tune": {"reward only": {}}}, "not one setting with a list of values"),
+        ({"tune": {"reward only": {"algo.updates": []}}}, "not one setting with a list of values"),
+        ({"tune": {"all": {"algo.updates": [1]}}}, "row=all: no such row"),
+        ({"quick": {"nobody": []}}, "row=nobody: no such row"),
+        (
+            {"quick": {"reward only": "algo.updates=1"}},
+            "quick: reward only: 'algo.updates=1' is not a list",
+        ),
+    ],
+)
+def test_bad_grids_are_named(tmp_path, capsys, parts, said):
+    assert said in fails(capsys, *words(write(tmp_path, **parts)))
