@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from diffrl.datasets import Pictures
 from diffrl.errors import DiffRLError, unknown
+from diffrl.rewards.copies import check_copies
 from diffrl.rewards.fit import check_ceiling, fit_attribute
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES
@@ -23,6 +24,7 @@ class Compressibility:
     edges: list[float] | None = None  # kB, rising; null: 60, 85, 110 at 512 px, else quantiles
     num_classes: int = 4  # where the edges are quantiles
     num_pictures: int = 2048  # drawn from the pretrained policy where there is no dataset
+    copies: int = 0  # altered ones of each, labelled by the true measure, for the classifier to learn from
     features: str = "dct"  # of the classifier: dct or cnn
     classifier: str | None = None  # path of a fitted one, or of CTRL's .pth, instead of fitting
     ceiling: float = 1.0  # of p(y|x): the reward is log min(p, ceiling)
@@ -40,6 +42,7 @@ class Compressibility:
         if self.features not in _FEATURES:
             raise unknown("reward.features", self.features, _FEATURES)
         check_ceiling(self.ceiling, self.num_classes)
+        check_copies(self.copies, self.features)
 
     def load(self) -> LogLikelihood:
         """Return the reward of the file `classifier`."""
@@ -57,5 +60,6 @@ class Compressibility:
             features=self.features,
             seed=seed,
             from_pretrained=from_pretrained,
+            copies=self.copies,
         )
         return LogLikelihood([attribute])

@@ -15,6 +15,7 @@ from diffrl import datasets
 from diffrl.datasets import Pictures
 from diffrl.errors import DiffRLError
 from diffrl.rewards.classifier import Classifier
+from diffrl.rewards.copies import altered
 from diffrl.rewards.log_likelihood import Attribute, FitReport, score_of
 from diffrl.rewards.measures import MEASURES, Measure
 
@@ -32,6 +33,7 @@ def fit_attribute(
     seed: int,
     from_pretrained: bool,
     networks: Mapping[str, str] | None = None,
+    copies: int = 0,
 ) -> Attribute:
     """Fit and calibrate p(y|x) on labelled pictures, and return it with the true measure.
 
@@ -48,6 +50,8 @@ def fit_attribute(
         seed: of the fit. The same seed holds out the same pictures, whatever the measure.
         from_pretrained: they were drawn from the pretrained policy, so log Z follows from them.
         networks: where those lie that the measure stands on, by name.
+        copies: altered ones of each picture that is learnt from, labelled by the true measure too; see
+            `diffrl.rewards.copies`. The held-out pictures have none.
     """
     generator = torch.Generator().manual_seed(seed)
     networks = networks or {}
@@ -67,7 +71,17 @@ def fit_attribute(
             f"{measure}: {len(label)} pictures with {counts.tolist()} a class are too few to fit "
             f"{num_classes} classes: give at least 5 of each class and 10 a class overall, or other edges."
         )
-    report, log_prob = _fit(classifier, images, seen, label, order, generator)
+    if copies and seen.own:
+        raise DiffRLError(
+            f"reward.copies={copies}: the data set has its own {measure} for each picture, and none for "
+            "altered ones; leave its labels and scores out, or take reward.copies=0."
+        )
+    held_out, train = _split(order, seen.place)
+    if copies:
+        more = _copies(classifier, images, seen.place[train], copies, true, bounds, generator)
+        train = torch.cat([train, len(label) + torch.arange(len(more[1]))])
+        seen.features, label = torch.cat([seen.features, more[0]]), torch.cat([label, more[1]])
+    report, log_prob = _fit(classifier, images, seen, label, held_out, train, generator)
     return Attribute(measure, classifier, bounds, report, log_prob if from_pretrained else None, networks)
 
 
@@ -76,21 +90,58 @@ class _Seen:
     """What stays in memory of the M pictures."""
 
     place: Tensor  # of each in the data set, [M]
-    features: Tensor  # [M, F]
+    features: Tensor  # [M, F], then of the copies
     score: Tensor  # of the data set, or measured, [M]
     label: Tensor | None  # of the data set, [M]
+    own: bool  # labels, or scores, are the data set's
 
 
 def _read(images: Pictures, true: Measure, measure: str, classifier: Classifier) -> _Seen:
     place, features, scores, labels = [], [], [], []
+    own = False
     with torch.no_grad():
         for batch in datasets.stream(images, torch.arange(len(images)), datasets.READ_BATCH):
             place.append(batch.index)
             features.append(classifier.features(batch.images))
             scores.append(score_of(measure, true, batch))
             labels += [batch.label[measure]] if measure in batch.label else []
+            own |= measure in {*batch.label, *batch.score}
     label = torch.cat(labels) if labels else None
-    return _Seen(torch.cat(place), torch.cat(features), torch.cat(scores), label)
+    return _Seen(torch.cat(place), torch.cat(features), torch.cat(scores), label, own)
+
+
+def _split(order: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of the M pictures are held out, and which are learnt from, in a random order.
+
+    Args:
+        order: of the data set, at random; the first that can be read are held out.
+        place: of the M pictures in the data set.
+    """
+    row = torch.full((len(order),), -1)
+    row[place] = torch.arange(len(place))
+    order = row[order]
+    order = order[order >= 0]
+    held_out, train = order.split([round(HELD_OUT * len(order)), len(order) - round(HELD_OUT * len(order))])
+    return held_out, train
+
+
+def _copies(
+    classifier: Classifier,
+    images: Pictures,
+    place: Tensor,
+    count: int,
+    true: Measure,
+    edges: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return features and true classes of `count` altered copies of each picture, `[N, F]` and `[N]`."""
+    features, labels = [], []
+    with torch.no_grad():
+        for batch in datasets.stream(images, place.repeat(count), datasets.READ_BATCH):
+            pictures = altered(batch.images, generator)
+            features.append(classifier.features(pictures))
+            labels.append(true.class_of(true.of(pictures), edges))
+    return torch.cat(features), torch.cat(labels)
 
 
 def _edges(true: Measure, seen: _Seen, num_classes: int) -> Tensor:
@@ -107,7 +158,8 @@ def _fit(
     images: Pictures,
     seen: _Seen,
     label: Tensor,
-    order: Tensor,
+    held_out: Tensor,
+    train: Tensor,
     generator: torch.Generator,
 ) -> tuple[FitReport, Tensor]:
     """Train and calibrate a classifier.
@@ -117,18 +169,16 @@ def _fit(
             are read again at every step.
         images: as in `fit_attribute`.
         seen: of them.
-        label: `[M]`.
-        order: of the data set, at random; the first ones are held out.
+        label: `[M]`, then of the copies.
+        held_out: rows of `label`.
+        train: rows of `label`, of copies too.
         generator: of the order of the batches.
 
     Returns:
         The report, and log p(y|x) on the held-out pictures, `[~M / 5, K]`.
     """
     row = torch.full((len(images),), -1)
-    row[seen.place] = torch.arange(len(label))
-    order = row[order]
-    order = order[order >= 0]
-    held_out, train = order.split([round(HELD_OUT * len(order)), len(order) - round(HELD_OUT * len(order))])
+    row[seen.place] = torch.arange(len(seen.place))
     learned = any(parameter.requires_grad for parameter in classifier.features.parameters())
     classifier.standardise(seen.features[train])
 
@@ -153,14 +203,14 @@ def _fit(
     classifier.temperature.fill_(calibrate(held_logits, truth))
     log_prob = (held_logits / classifier.temperature).log_softmax(1)
     report = FitReport(
-        num_train=len(train),
+        num_train=len(seen.place) - len(held_out),
         num_held_out=len(held_out),
         accuracy=float((log_prob.argmax(1) == truth).float().mean()),
         nll_before=float(F.cross_entropy(held_logits, truth)),
         nll=float(F.nll_loss(log_prob, truth)),
         ece=expected_calibration_error(log_prob.exp(), truth),
         temperature=float(classifier.temperature),
-        class_counts=tuple(label.bincount(minlength=classifier.num_classes).tolist()),
+        class_counts=tuple(label[: len(seen.place)].bincount(minlength=classifier.num_classes).tolist()),
     )
     return report, log_prob
 

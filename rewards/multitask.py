@@ -10,6 +10,7 @@ from diffrl.datasets import Pictures
 from diffrl.errors import DiffRLError, unknown
 from diffrl.rewards.aesthetic import check_mlp
 from diffrl.rewards.clip import VIT_L_14
+from diffrl.rewards.copies import check_copies
 from diffrl.rewards.fit import check_ceiling, fit_attribute
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES
@@ -24,6 +25,7 @@ class Multitask:
     measures: list[str] = field(default_factory=lambda: ["compressibility", "colourfulness"])
     edges: list[float] | None = None  # one a measure; null: CTRL's at 512 px (70 kB, 5.7), else medians
     num_pictures: int = 2048  # drawn from the pretrained policy where there is no dataset
+    copies: int = 0  # altered ones of each, labelled by the true measure, for the classifier to learn from
     classifier: Any = None  # path of a fitted one, or of CTRL's .pth, [one,a measure], instead of fitting
     ceiling: float = 1.0  # of each p(y|x): its reward is log min(p, ceiling)
     joint: bool = False  # one embedding each combination, as in CTRL's code, not the sum of one a measure
@@ -44,6 +46,7 @@ class Multitask:
                 "each."
             )
         check_ceiling(self.ceiling, 2)
+        check_copies(self.copies)
         if "aesthetic" in self.measures:
             check_mlp(self.mlp)
 
@@ -77,6 +80,7 @@ class Multitask:
                     seed=seed,
                     from_pretrained=from_pretrained,
                     networks=self._networks(name),
+                    copies=self.copies,
                 )
             )
         return LogLikelihood(attributes, joint=self.joint)
