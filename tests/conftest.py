@@ -134,20 +134,27 @@ def emoji() -> StableDiffusion:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_session(tmp_path_factory):
-    """For fixtures that live longer than a test: never the user's own."""
+    """What one test has fitted, another need not: never the user's own."""
     os.environ["DIFFRL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+@pytest.fixture
+def empty_cache(tmp_path_factory, monkeypatch):
+    """For tests of what is fitted, or how."""
     monkeypatch.setenv("DIFFRL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
-def hasty(monkeypatch):
+def hasty(empty_cache, monkeypatch):
     """Fit the solvable model's denoiser for a moment only."""
     fit = gaussian_mixture.fit
     monkeypatch.setattr(gaussian_mixture, "fit", lambda *args: fit(*args, num_steps=60))
+
+
+@pytest.fixture
+def unfitted(empty_cache, monkeypatch):
+    """Leave the solvable model's denoiser as it begins, where it does not matter what it predicts."""
+    monkeypatch.setattr(gaussian_mixture, "fit", lambda *_: None)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from diffrl.errors import DiffRLError
 from diffrl.rewards.closed_form import Softmax
 
 
-def test_of_two_that_want_the_same_classifier_one_fits_it(tiny_path, monkeypatch):
+def test_of_two_that_want_the_same_classifier_one_fits_it(tiny_path, empty_cache, monkeypatch):
     words = [f"env.model={tiny_path}", "env.num_steps=2", "reward.num_pictures=40", "reward.num_classes=2"]
     setups = [Setup(config.load(words)) for _ in range(2)]
     drawn = []

@@ -11,6 +11,8 @@ from diffrl.cli import main
 from diffrl.plan import plan
 from diffrl.train import train
 
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
 SIZES = ["env.num_steps=3", "algo.updates=3", "eval_every=2", "eval_pictures=4", "eval_batch=4"]
 LEARNED = ["reward.num_pictures=128", "reward.num_classes=2"]
 

@@ -8,7 +8,6 @@ import torch
 
 import diffrl
 from diffrl.algorithms.base import Algorithm
-from diffrl.backbones import gaussian_mixture
 from diffrl.components import GROUPS
 from diffrl.errors import DiffRLError
 from diffrl.rollout import rollout
@@ -16,10 +15,7 @@ from diffrl.rollout import rollout
 SMALL = {"rwr": {"batch_size": 32, "epochs": 1}, "classifier_free": {"batch_size": 64, "epochs": 1}}
 
 
-@pytest.fixture(autouse=True)
-def no_fit(monkeypatch):
-    """What an algorithm must be does not depend on how good the denoiser is."""
-    monkeypatch.setattr(gaussian_mixture, "fit", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("unfitted")
 
 
 @pytest.mark.parametrize("name", GROUPS["algo"])

@@ -9,7 +9,6 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode
 
 import diffrl
-from diffrl.backbones import gaussian_mixture
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.envs.emoji import Emoji
 from diffrl.envs.gaussian_mixture import GaussianMixture
@@ -18,11 +17,7 @@ from diffrl.errors import DiffRLError
 from diffrl.rewards.closed_form import Softmax
 from diffrl.schedule import DDIMSchedule
 
-
-@pytest.fixture(autouse=True)
-def no_fit(monkeypatch):
-    """What an env must be does not depend on how good its denoiser is."""
-    monkeypatch.setattr(gaussian_mixture, "fit", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("unfitted")
 
 
 def test_ours_have_no_fault(tiny_path):

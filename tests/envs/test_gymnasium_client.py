@@ -12,8 +12,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
-from diffrl.backbones import gaussian_mixture
-
 STEPS, ENVS = 4, 64
 
 
@@ -61,8 +59,7 @@ class LockStep(VecEnv):
         return [False] * self.num_envs
 
 
-def test_ppo_learns_to_obey_the_label(monkeypatch):
-    monkeypatch.setattr(gaussian_mixture, "fit", lambda *_: None)  # PPO asks the denoiser nothing
+def test_ppo_learns_to_obey_the_label(unfitted):  # PPO asks the denoiser nothing
     env = VecMonitor(LockStep(make()))
     batch = 4 * STEPS * ENVS
     ppo = PPO(
