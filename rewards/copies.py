@@ -20,8 +20,7 @@ def altered(images: Tensor, generator: torch.Generator) -> Tensor:
     order = torch.rand(len(images), 3, generator=generator).argsort(1)
     images = images.gather(1, order[:, :, None, None].expand_as(images))
     low, high = _FACTOR
-    factors = low + (high - low) * torch.rand(2, len(images), 1, 1, 1, generator=generator)
-    saturation, contrast = factors
+    saturation, contrast = low + (high - low) * torch.rand(2, len(images), 1, 1, 1, generator=generator)
     grey = images.mean(1, keepdim=True)
     images = grey + saturation * (images - grey)
     mean = images.mean((1, 2, 3), keepdim=True)

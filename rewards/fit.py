@@ -117,12 +117,17 @@ def _split(order: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         order: of the data set, at random; the first that can be read are held out.
         place: of the M pictures in the data set.
     """
-    row = torch.full((len(order),), -1)
-    row[place] = torch.arange(len(place))
-    order = row[order]
+    order = _rows(place, len(order))[order]
     order = order[order >= 0]
     held_out, train = order.split([round(HELD_OUT * len(order)), len(order) - round(HELD_OUT * len(order))])
     return held_out, train
+
+
+def _rows(place: Tensor, count: int) -> Tensor:
+    """Return which of the M pictures each of `count` in the data set is, -1 for one that cannot be read."""
+    row = torch.full((count,), -1)
+    row[place] = torch.arange(len(place))
+    return row
 
 
 def _copies(
@@ -177,8 +182,7 @@ def _fit(
     Returns:
         The report, and log p(y|x) on the held-out pictures, `[~M / 5, K]`.
     """
-    row = torch.full((len(images),), -1)
-    row[seen.place] = torch.arange(len(seen.place))
+    row = _rows(seen.place, len(images))
     learned = any(parameter.requires_grad for parameter in classifier.features.parameters())
     classifier.standardise(seen.features[train])
 
