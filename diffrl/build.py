@@ -27,6 +27,7 @@ from diffrl.envs.prompts import load_prompts
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
 from diffrl.policy import Policy, Pretrained
+from diffrl.quality import unavailable
 from diffrl.rewards.clip import load_clip
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import LAYOUT, LogLikelihood
@@ -274,6 +275,8 @@ def check_new(config: Config) -> None:
             labels=is_learned(config.reward),
             exact=num_dims == 1 and isinstance(config.guidance, Unguided),
         )
+        if why := unavailable(config.keep_best.removeprefix("eval/"), config.clip):
+            raise DiffRLError(f"keep_best={config.keep_best}: {why}.")
 
 
 def _check_guidance(config: Config) -> None:

@@ -61,15 +61,32 @@ def _statistics(images: Tensor) -> dict[str, Tensor]:
     }
 
 
+def unavailable(measure: str, clip: str | None) -> str:
+    """Return why `brisque` or `clip_score` has no value here, and the remedy; "" if it has, or of others.
+
+    Args:
+        measure: name of it.
+        clip: as `clip_score` takes it.
+    """
+    if measure == "brisque":
+        try:
+            import piq  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError:
+            return "not available: pip install 'diffrl[metrics]'"
+    if measure == "clip_score" and clip is None:
+        return "not available: give a CLIP model, a folder or a hub id, as clip=PATH"
+    return ""
+
+
 def brisque(images: Tensor) -> float | str:
     """Return the mean BRISQUE of `piq`: lower is more natural, nominally 0 to 100.
 
     Source: Mittal et al., IEEE TIP 21(12), 2012. Implementations differ by several points.
     """
-    try:
-        import piq  # type: ignore[import-not-found]
-    except ImportError:
-        return "not available: pip install 'diffrl[metrics]'"
+    if why := unavailable("brisque", None):
+        return why
+    import piq  # type: ignore[import-not-found]
+
     scores = []
     try:
         for part in images.split(_BATCH):
@@ -88,6 +105,6 @@ def clip_score(images: Tensor, prompts: Sequence[str], model: str | None) -> flo
         model: folder of a CLIP model in the layout of transformers, or a hub id.
     """
     if model is None:
-        return "not available: give a CLIP model, a folder or a hub id, as clip=PATH"
+        return unavailable("clip_score", model)
     with torch.no_grad():
         return max(100 * float(load_clip(model).similarity(images, prompts).mean()), 0.0)

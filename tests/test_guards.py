@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 from test_cli import fails
@@ -222,7 +224,7 @@ class TestRuns:
         [
             (["reward=jpeg"], "eval/reward_mean", "eval/accuracy"),  # a black box has no labels
             ([], "eval/compressibility/accuracy", "eval/nfe_per_image"),  # no number of calls is the best
-            ([], "eval/brisque", "exact/tv"),
+            ([], "eval/diversity", "exact/tv"),
             (["env=gaussian_mixture"], "exact/log_prob", "sampled/log_prob"),
             (["env=gaussian_mixture", "guidance=smc"], "sampled/log_prob", "exact/log_prob"),
         ],
@@ -232,6 +234,18 @@ class TestRuns:
         check_new(config.load([*words, f"keep_best={metric}"]))
         with pytest.raises(DiffRLError, match=f"keep_best={instead}: no such keep_best"):
             check_new(config.load([*words, f"keep_best={instead}"]))
+
+    def test_a_metric_that_something_is_missing_for_is_refused_with_the_remedy(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "piq", None)
+        with pytest.raises(
+            DiffRLError, match=r"keep_best=eval/brisque: .*pip install 'diffrl\[metrics\]'\."
+        ):
+            check_new(config.load(["keep_best=eval/brisque"]))
+        with pytest.raises(DiffRLError, match=r"keep_best=eval/clip_score: .* as clip=PATH\."):
+            check_new(config.load(["keep_best=eval/clip_score"]))
+        check_new(config.load(["keep_best=eval/clip_score", "clip=folder"]))
+        monkeypatch.setitem(sys.modules, "piq", SimpleNamespace())
+        check_new(config.load(["keep_best=eval/brisque"]))
 
     def test_the_last_weights_are_judged_as_those_before_and_the_best_ones_measured_once_more(
         self, words, tmp_path
