@@ -11,12 +11,13 @@ from test_cli import fails
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
 import diffrl.backbones.gaussian_mixture as backbone
-from diffrl import config
+from diffrl import config, evaluate_mixture
 from diffrl.backbones.gaussian_mixture import Denoiser, GaussianMixtureModel, Mixture
 from diffrl.build import Setup
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
 from diffrl.policy import LoRA, Policy
+from diffrl.restore import pretrained
 from diffrl.rewards.closed_form import Gaussian, Softmax
 from diffrl.rollout import rollout
 from diffrl.schedule import DDIMSchedule, make_scheduler
@@ -257,6 +258,27 @@ def test_two_dimensions_train_without_an_exact_answer(hasty, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert "sampled/objective_per_label" in lines[-1]
     assert not any("exact/gap_nats" in line for line in lines)
+
+
+def test_points_are_sampled_a_few_at_a_time_each_from_noise_of_its_own(hasty, monkeypatch):
+    drawn = []
+
+    def noted(*arguments, **named):
+        drawn.append(rollout(*arguments, **named))
+        return drawn[-1]
+
+    monkeypatch.setattr(evaluate_mixture, "_SAMPLES", 10)
+    monkeypatch.setattr(evaluate_mixture, "_AT_ONCE", 4)
+    monkeypatch.setattr(evaluate_mixture, "rollout", noted)
+    setup = Setup(config.load(["env=gaussian_mixture", "env.num_steps=3", "algo=none", "guidance=mpgd"]))
+    policy, reward = pretrained(setup)
+    measures = evaluate_mixture.MixtureEvaluation(setup, policy, reward).measure(seed=0)
+    assert [len(part.reward) for part in drawn] == [4] * 6  # of two labels, the last two points left out
+    rewards = torch.cat([part.reward for part in drawn]).view(2, 12)[:, :10]
+    assert_close(torch.tensor(measures["sampled/log_prob_per_label"]), rewards.mean(1), atol=1e-6)
+    starts = torch.cat([part.latents[0] for part in drawn]).view(2, 12)
+    assert (starts[0] == starts[1]).all()  # one seed for every label
+    assert len(starts[0].unique()) == 12
 
 
 def test_rollouts_keep_points_as_their_own_pictures(hasty):
