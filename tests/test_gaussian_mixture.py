@@ -30,7 +30,8 @@ PLANE = Mixture([0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]], [0.4, 0.2])
 def run(tmp_path_factory):
     """Return the folder of a short run; the cache beside it holds its denoiser."""
     root = tmp_path_factory.mktemp("runs")
-    words = ["env.num_steps=8", "algo.updates=40", "algo.micro_batch_size=64", "eval_every=20"]
+    words = ["env.num_steps=8", "algo.updates=40", "eval_every=20"]
+    words += ["algo.batch_size=128", "algo.micro_batch_size=64"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFRL_CACHE", str(root / "cache"))
         assert main(["train", "env=gaussian_mixture", f"root={root}", "name=one", *words]) == 0
