@@ -85,7 +85,7 @@ def brisque(images: Tensor) -> float | str:
     """
     if why := unavailable("brisque", None):
         return why
-    import piq  # type: ignore[import-not-found]
+    import piq
 
     scores = []
     try:
