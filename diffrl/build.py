@@ -89,9 +89,14 @@ class Setup:
             reward_timeout=self.config.reward_timeout,
         )
 
-    def make_guided(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:
-        """Return what evaluations draw with: the guided policy, at most `num_pictures` at a time."""
-        at_once = max(self.config.eval_batch // self.config.guidance.population, 1)
+    def make_guided(
+        self, policy: Policy, reward: Reward, num_pictures: int, envs: int | None = None
+    ) -> Guidance:
+        """Return what evaluations draw with: the guided policy, at most `num_pictures` at a time.
+
+        Nor more than `envs` envs hold, by default `eval_batch`: fewer where each picture takes several.
+        """
+        at_once = max((envs or self.config.eval_batch) // self.config.guidance.population, 1)
         return self.guide(policy, reward, min(num_pictures, at_once))
 
     def guide(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:

@@ -107,8 +107,7 @@ class MixtureEvaluation:
 
     def _sampled(self, seed: int) -> dict[str, Any]:
         """Return what rollouts tell of each label, from noise of their own."""
-        at_once = max(_AT_ONCE // self.setup.config.guidance.population, 1)
-        actor = self.setup.guide(self.policy, self.reward, min(at_once, _SAMPLES))
+        actor = self.setup.make_guided(self.policy, self.reward, _SAMPLES, _AT_ONCE)
         lists: dict[str, list[float]] = {"log_prob": [], "kl_nats": [], "objective": [], "deviation": []}
         z: list[float] = []
         for label in range(self.reward.num_classes[0]):
