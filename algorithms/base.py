@@ -86,6 +86,9 @@ class Algorithm(ABC):
         ]
         return AdamW(groups, weight_decay=self.weight_decay)
 
+    def begin(self, update: int) -> None:  # noqa: B027 (most have nothing to set)
+        """Be told which update is next, counted from 0: here an algorithm sets what changes over a run."""
+
     def rate(self, update: int) -> float:
         """Return the factor on both learning rates at an update, counted from 0."""
         return 1.0 if self.decay == "constant" else 1 - update / max(self.updates, 1)

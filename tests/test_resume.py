@@ -34,7 +34,7 @@ SMALL = [
     "checkpoint_every=1",
 ]
 ALGORITHMS = {
-    "ctrl": [],
+    "ctrl": ["algo.kl_annealing=0.2"],
     "ctrl, accumulated, best kept": ["algo=ctrl", "algo.micro_batch_size=1", "keep_best=eval/mean_logp"],
     "ddpo": ["algo=ddpo", "algo.kl=0.5", "algo.per_prompt=true", "algo.min_count=2", "algo.minibatches=2"],
     "rwr": ["algo=rwr", "algo.epochs=2", "algo.fit_batch_size=2"],

@@ -329,6 +329,7 @@ def test_training_raises_the_objective(tiny):
         {"batch_size": 10, "micro_batch_size": 4},
         {"learning_rate": 0.0},
         {"decay": "cosine"},
+        {"kl_annealing": 1.5},
     ],
 )
 def test_impossible_settings_are_refused(settings):
