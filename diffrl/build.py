@@ -282,6 +282,19 @@ def check_new(config: Config) -> None:
         )
         if why := unavailable(config.keep_best.removeprefix("eval/"), config.clip):
             raise DiffRLError(f"keep_best={config.keep_best}: {why}.")
+        if config.keep_best == "eval/prompt_fidelity" and judge_folder(config.env) is None:
+            raise DiffRLError(
+                f"keep_best={config.keep_best} env.model={getattr(config.env, 'model', None)}: no judge of "
+                "prompts lies beside this model, as one does beside env=emoji's. Use "
+                "keep_best=eval/clip_score and clip=PATH."
+            )
+
+
+def judge_folder(env: Any) -> Path | None:
+    """Return where the judge of prompt fidelity lies beside an env's checkpoint; None if there is none."""
+    model = getattr(env, "model", None)  # an env of somebody's may have none
+    folder = Path(model) / "judge" if model else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _check_guidance(config: Config) -> None:

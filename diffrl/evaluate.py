@@ -5,7 +5,6 @@ Shapes: n pictures, A attributes of a label, C labels in all.
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -198,9 +197,3 @@ def measures_of(reward: Reward) -> list[Measure]:
 def label_name(label: Tensor) -> str:
     """Return a label `[A]` as it is written on the command line."""
     return ",".join(map(str, label.tolist()))
-
-
-def load_judge(model: str) -> PromptFidelity | None:
-    """Return the judge of prompt fidelity beside a checkpoint, where it has one."""
-    folder = Path(model) / "judge"
-    return PromptFidelity.load(folder) if folder.is_dir() else None

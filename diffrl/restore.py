@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from diffrl import settings_file, weights
-from diffrl.build import Setup, is_learned
+from diffrl.build import Setup, is_learned, judge_folder
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
-from diffrl.evaluate import evaluate, load_judge
+from diffrl.evaluate import evaluate
 from diffrl.evaluate_mixture import MixtureEvaluation
 from diffrl.policy import Policy
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.rewards.prompt_fidelity import PromptFidelity
 from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.types import EVALUATION_SEED, Reward
 
@@ -33,10 +34,8 @@ def measure(
         reward = reward.of  # a surrogate is judged by what it stands for
     actor = setup.make_guided(policy, reward, num_pictures)
     gamma = setup.target_gamma
-    model = getattr(setup.config.env, "model", None)  # an env of somebody's may have none
-    judge = load_judge(model) if model else None
-    if judge is not None:
-        judge.to(setup.device)
+    folder = judge_folder(setup.config.env)
+    judge = PromptFidelity.load(folder).to(setup.device) if folder is not None else None
     clip = setup.config.clip
     return evaluate(
         actor,

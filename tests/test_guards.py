@@ -244,6 +244,11 @@ class TestRuns:
         with pytest.raises(DiffRLError, match=r"keep_best=eval/clip_score: .* as clip=PATH\."):
             check_new(config.load(["keep_best=eval/clip_score"]))
         check_new(config.load(["keep_best=eval/clip_score", "clip=folder"]))
+        with pytest.raises(
+            DiffRLError, match=r"keep_best=eval/prompt_fidelity env\.model=some/id: no judge"
+        ):
+            check_new(config.load(["env=sd15", "env.model=some/id", "keep_best=eval/prompt_fidelity"]))
+        check_new(config.load(["keep_best=eval/prompt_fidelity"]))
         monkeypatch.setitem(sys.modules, "piq", SimpleNamespace())
         check_new(config.load(["keep_best=eval/brisque"]))
 
