@@ -30,6 +30,7 @@ class Algorithm(ABC):
     learning_rate: float = 3e-4  # of the LoRA weights
     embedding_learning_rate: float = 5e-2  # of the label embedding
     weight_decay: float = 1e-4  # AdamW's
+    beta2: float = 0.999  # AdamW's memory of squared gradients; less of it forgets a steep beginning sooner
     max_grad_norm: float = 5.0  # of LoRA and embedding jointly
     decay: str = "linear"  # of both learning rates, to 0 after `updates`: linear or constant
     average: float = 0.0  # the last share of the updates whose weights' mean is the result; 0: the last's
@@ -53,6 +54,8 @@ class Algorithm(ABC):
         for name in ("learning_rate", "embedding_learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be positive.")
+        if not 0 < self.beta2 < 1:
+            raise DiffRLError(f"algo.beta2={self.beta2}: must be between 0 and 1, and neither.")
         check_choice("algo.decay", self.decay, ("linear", "constant"))
         if not 0 <= self.average <= 1:
             raise DiffRLError(f"algo.average={self.average}: must be between 0 and 1.")
@@ -84,7 +87,7 @@ class Algorithm(ABC):
             {"params": policy.lora_parameters(), "lr": self.learning_rate},
             {"params": policy.embedding_parameters(), "lr": self.embedding_learning_rate},
         ]
-        return AdamW(groups, weight_decay=self.weight_decay)
+        return AdamW(groups, betas=(0.9, self.beta2), weight_decay=self.weight_decay)
 
     def begin(self, update: int) -> None:  # noqa: B027 (most have nothing to set)
         """Be told which update is next, counted from 0: here an algorithm sets what changes over a run."""

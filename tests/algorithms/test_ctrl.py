@@ -320,6 +320,14 @@ def test_training_raises_the_objective(tiny):
     assert objective(env, policy, 0, gamma=10.0) > before + 1
 
 
+def test_the_optimizer_s_settings_are_the_algorithm_s(tiny):
+    policy, _ = make(tiny)
+    groups = CTRL(beta2=0.97, weight_decay=0.5, learning_rate=0.1).make_optimizer(policy).param_groups
+    assert [group["betas"] for group in groups] == [(0.9, 0.97)] * 2
+    assert [group["weight_decay"] for group in groups] == [0.5] * 2
+    assert [group["lr"] for group in groups] == [0.1, CTRL.embedding_learning_rate]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -330,6 +338,7 @@ def test_training_raises_the_objective(tiny):
         {"learning_rate": 0.0},
         {"decay": "cosine"},
         {"kl_annealing": 1.5},
+        {"beta2": 1.0},
     ],
 )
 def test_impossible_settings_are_refused(settings):
