@@ -26,16 +26,6 @@ from diffrl.envs.prompts import LISTS
 from diffrl.errors import DiffRLError, unknown, unknown_setting
 from diffrl.policy import LoRA
 
-_FILES = {
-    "prompts",
-    "eval_prompts",
-    "dataset",
-    "clip",
-    "mlp",
-    "classifier",
-    "model",
-}  # settings that may be
-
 CONF = Path(__file__).parent / "conf"
 """Where the presets and suites lie."""
 

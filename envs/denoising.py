@@ -118,7 +118,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
                 giving one does not change the others.
         """
         if seed is not None:
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(own_seed(seed))
         options = options or {}
         stray = set(options) - {"prompts", "label", "latents"}
         if stray:
@@ -132,7 +132,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         prompts = [self.prompts[i] for i in choice.tolist()]
         label = torch.stack(labels, 1) if labels else torch.zeros(groups, 0, dtype=torch.int64)
         for own, prompt in zip(label, prompts, strict=True):
-            if isinstance(prompt, LabelledPrompt):
+            if isinstance(prompt, LabelledPrompt) and labels:
                 own.copy_(torch.tensor(prompt.label))
         prompts = [prompt for prompt in prompts for _ in range(self.group_size)]
         label = label.repeat_interleave(self.group_size, 0)
@@ -237,3 +237,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
             )
         check_range(label, counts)
         return label.long()
+
+
+def own_seed(seed: int) -> int:
+    """Return the seed of the env's own stream: an actor's generator of `seed` would draw x_T once more."""
+    return int(np.random.SeedSequence([seed % 2**64, 1]).generate_state(1, np.uint64)[0] >> 1)

@@ -118,6 +118,13 @@ def test_groups_share_prompt_and_label_but_not_noise(tiny):
     assert not torch.equal(obs["latents"][0], obs["latents"][1])
 
 
+def test_x_T_has_nothing_of_the_noise_of_a_generator_with_the_same_seed(tiny):
+    """Randomness is drawn in a row: a shift by the env's other draws would leave the same numbers in both."""
+    obs, _ = make_env(tiny, num_envs=16).reset(seed=7)
+    noise = torch.randn(2 * obs["latents"].numel(), generator=torch.Generator().manual_seed(7))
+    assert torch.isin(obs["latents"], noise).double().mean() < 0.01
+
+
 def test_options_replace_one_draw_and_leave_the_others(tiny):
     env = make_env(tiny)
     drawn, _ = env.reset(seed=3)
@@ -145,6 +152,13 @@ def test_a_prompt_with_a_label_is_drawn_with_it_and_moves_no_other_draw(tiny):
     assert drawn["label"][:, 0].tolist() != expected
     given, _ = env.reset(seed=3, options={"label": torch.zeros(8, 1, dtype=torch.int64)})
     assert not given["label"].any()
+
+
+def test_a_reward_without_labels_leaves_those_of_prompts_aside(tiny):
+    env = make_env(tiny, Jpeg())
+    env.prompts = [LabelledPrompt("dog")]
+    env.prompts[0].label = (2, 1)
+    assert env.reset(seed=0)[0]["label"].shape == (4, 0)
 
 
 def test_labels_are_drawn_uniformly(tiny):
