@@ -3,6 +3,7 @@
 Source: CTRL, arXiv:2406.12120, algorithms 1 and 2. Step 1, the classifier, is `rewards/fit.py`.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,8 +37,8 @@ class CTRL(Pathwise):
     restraint: ClassVar[str] = "Lower algo.gamma, or give algo.kl_budget=NATS."
 
     def __post_init__(self) -> None:
-        if not self.gamma > 0:  # the KL's weight is made of it
-            raise DiffRLError(f"algo.gamma={self.gamma}: must be positive.")
+        if not 0 < self.gamma < math.inf:  # the KL's weight is made of it
+            raise DiffRLError(f"algo.gamma={self.gamma}: must be positive and finite.")
         super().__post_init__()
 
     @property

@@ -28,7 +28,6 @@ class RewardBackprop(Pathwise):
     kl: float = 0.0  # weight of the KL to the pretrained model, in units of the reward a nat
     variance_samples: int = 0  # DRaFT-LV's n: re-noised last steps a picture; 0: off
 
-    needs_noise: ClassVar[bool] = False
     restraint: ClassVar[str] = "Raise algo.kl, or give it a start and algo.kl_budget=NATS."
 
     def __post_init__(self) -> None:
@@ -42,6 +41,11 @@ class RewardBackprop(Pathwise):
                 f"algo.variance_samples={self.variance_samples} algo.kl={self.kl}: DRaFT-LV sees the last "
                 "step alone and has no KL of the chain; set one of them to 0."
             )
+
+    @property
+    def needs_noise(self) -> bool:  # type: ignore[override]
+        """Whether there is a KL."""
+        return self.kl > 0
 
     @property
     def kl_weight(self) -> float:

@@ -5,6 +5,7 @@ the sparse ones); the fit to the pretrained model's own samples, weights p(y|x, 
 arXiv:2406.12120, appendix G.2. Shapes: B pictures.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,8 +45,8 @@ class RWR(DenoisingFit):
         super().__post_init__()
         check_choice("algo.source", self.source, ("policy", "pretrained"))
         check_choice("algo.weights", self.weights, ("exponential", "percentile", "threshold"))
-        if not self.gamma > 0:
-            raise DiffRLError(f"algo.gamma={self.gamma}: must be positive.")
+        if not 0 < self.gamma < math.inf:
+            raise DiffRLError(f"algo.gamma={self.gamma}: must be positive and finite.")
         if not 0 <= self.percentile < 100:
             raise DiffRLError(f"algo.percentile={self.percentile}: must be 0 or more and below 100.")
 

@@ -240,9 +240,12 @@ def check(config: Config) -> None:
             "reward=compressibility."
         )
     check_choice("resume", config.resume, ("never", "auto"))
-    for option in ("checkpoint_every", "keep_last", "patience"):
+    every = ("checkpoint_every", "eval_every")
+    for option in (*every, "keep_last", "patience", "eval_batch", "eval_pictures"):
         if (value := getattr(config, option)) is not None and value < 1:
             raise DiffRLError(f"{option}={value}: must be 1 or more.")
+    if config.seed < 0:
+        raise DiffRLError(f"seed={config.seed}: must be 0 or more.")
     if config.reward_timeout is not None and not config.reward_timeout > 0:
         raise DiffRLError(f"reward_timeout={config.reward_timeout}: must be positive, or null for none.")
     if config.patience is not None and config.keep_best is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from torch.utils.checkpoint import checkpoint
 
-from diffrl.errors import DiffRLError
+from diffrl.errors import DiffRLError, unknown
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import NO_LABEL, ActorStep, Observation, draw
 
@@ -104,6 +104,10 @@ class Policy(nn.Module):
             target_modules=list(lora.targets),
             init_lora_weights="gaussian",
         )
+        layers = [name for name, _ in unet.named_modules()]
+        for target in lora.targets:
+            if not any(f".{name}".endswith(f".{target}") for name in layers):
+                raise unknown("policy.targets", target, {name.rpartition(".")[2] for name in layers[1:]})
         device = null_embeds.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

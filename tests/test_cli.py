@@ -200,6 +200,11 @@ class TestTrain:
             (["resume=always"], "resume=always: must be one of never, auto"),
             (["checkpoint_every=0"], "checkpoint_every=0: must be 1 or more"),
             (["keep_last=0"], "keep_last=0: must be 1 or more"),
+            (["eval_every=0"], "eval_every=0: must be 1 or more"),
+            (["seed=-1"], "seed=-1: must be 0 or more"),
+            (["policy.targets=[to_q,to_z]"], "policy.targets=to_z: no such policy.targets. Did you mean"),
+            (["algo.gamma=inf"], "algo.gamma=inf: must be positive and finite"),
+            (["algo=reward_backprop", "algo.kl=1", "env.eta=0"], "algo=reward_backprop env.eta=0: without"),
         ],
     )
     def test_a_mistake_is_one_line_and_writes_nothing(self, words, expected, tmp_path, capsys):

@@ -118,8 +118,8 @@ def test_groups_share_prompt_and_label_but_not_noise(tiny):
     assert not torch.equal(obs["latents"][0], obs["latents"][1])
 
 
-def test_x_T_has_nothing_of_the_noise_of_a_generator_with_the_same_seed(tiny):
-    """Randomness is drawn in a row: a shift by the env's other draws would leave the same numbers in both."""
+def test_the_first_latents_have_nothing_of_the_noise_of_a_generator_with_the_same_seed(tiny):
+    """Random numbers come in a row: shifted by the env's other draws, the same ones would be in both."""
     obs, _ = make_env(tiny, num_envs=16).reset(seed=7)
     noise = torch.randn(2 * obs["latents"].numel(), generator=torch.Generator().manual_seed(7))
     assert torch.isin(obs["latents"], noise).double().mean() < 0.01
