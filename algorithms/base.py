@@ -19,6 +19,8 @@ from diffrl.errors import DiffRLError
 from diffrl.policy import Policy
 from diffrl.types import Trajectory
 
+SKIPPED = "train/skipped_steps"  # the metric: so many of an update's steps had no finite gradient
+
 
 @dataclass
 class Algorithm(ABC):
@@ -124,11 +126,20 @@ class Algorithm(ABC):
         found = {name: float(norm) for name, norm in norms.items()}
         if not all(math.isfinite(norm) for norm in found.values()):
             optimizer.zero_grad()
-            return {"train/skipped_steps": 1.0}
+            return {SKIPPED: 1.0}
         nn.utils.clip_grad_norm_([*lora, *embedding], self.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return found
+
+
+def over_steps(seen: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return what `Algorithm.step` says of an update's steps: the last norms, and how many were skipped."""
+    merged: dict[str, float] = {}
+    for step in seen:
+        skipped = merged.get(SKIPPED, 0.0) + step.get(SKIPPED, 0.0)
+        merged |= step | ({SKIPPED: skipped} if skipped else {})
+    return merged
 
 
 def batches(items: Tensor, size: int) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from diffrl import processes
 from diffrl.algorithms.advantages import SMALLEST_STD, GroupStatistics, groups_of, standardise
-from diffrl.algorithms.base import Algorithm, batches, check_choice
+from diffrl.algorithms.base import Algorithm, batches, check_choice, over_steps
 from diffrl.algorithms.kl_budget import KLBudget
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
@@ -107,6 +107,7 @@ class DDPO(Algorithm):
         num_steps = len(advantages)
         trained_steps = max(round(self.timestep_fraction * num_steps), 1)
         metrics: dict[str, float] = {}
+        steps: list[dict[str, float]] = []
         for _ in range(self.inner_epochs):
             for samples in torch.randperm(len(rewards)).chunk(self.minibatches):
                 # each picture's steps in an order of its own, and of these the first so many
@@ -121,14 +122,14 @@ class DDPO(Algorithm):
                     for name, value in seen.items():
                         share = len(part) / order.numel() / (self.inner_epochs * self.minibatches)
                         metrics[name] = metrics.get(name, 0.0) + share * float(value)
-                norms = self.step(policy, optimizer)
+                steps.append(self.step(policy, optimizer))
         if batch.kl is not None:
             metrics["rollout/kl"] = float(batch.kl.sum()) / len(rewards)
         metrics = processes.summed(metrics) | {"rollout/reward_mean": float(rewards.mean())}
         if batch.kl is not None:
             metrics["train/kl_weight"] = self.kl * self.budget.factor
             self.budget.learn(metrics["rollout/kl"])
-        return metrics | norms
+        return metrics | over_steps(steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rewards of each group that are remembered, and the budget's factor."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from diffrl import processes
-from diffrl.algorithms.base import Algorithm, batches
+from diffrl.algorithms.base import Algorithm, batches, over_steps
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy
 from diffrl.types import Trajectory
@@ -46,7 +46,7 @@ class DenoisingFit(Algorithm):
         """
         kept = weight.nonzero()[:, 0].cpu()
         ours, x_0, context = processes.place(len(batch.context)), batch.latents[-1], batch.context
-        total, steps, norms = 0.0, 0, {}
+        total, steps = 0.0, []
         for _ in range(self.epochs):
             for samples in kept[torch.randperm(len(kept))].split(self.fit_batch_size):
                 drawn = self.draw(policy, len(samples), x_0.shape[1:])
@@ -59,9 +59,8 @@ class DenoisingFit(Algorithm):
                     loss = (weight[samples[part]] * losses).sum() / len(samples)
                     loss.backward()
                     total += float(loss.detach())
-                norms = self.step(policy, optimizer)
-                steps += 1
-        return norms | processes.summed({"train/loss": total / steps})
+                steps.append(self.step(policy, optimizer))
+        return over_steps(steps) | processes.summed({"train/loss": total / len(steps)})
 
     def draw(self, policy: Policy, count: int, shape: torch.Size) -> tuple[Tensor, ...]:
         """Return what is random in an optimiser step over `count` pictures, each with `count` rows."""

@@ -104,10 +104,10 @@ class Policy(nn.Module):
             target_modules=list(lora.targets),
             init_lora_weights="gaussian",
         )
-        layers = [name for name, _ in unet.named_modules()]
+        layers = [f".{name}" for name, layer in unet.named_modules() if hasattr(layer, "weight")]
         for target in lora.targets:
-            if not any(f".{name}".endswith(f".{target}") for name in layers):
-                raise unknown("policy.targets", target, {name.rpartition(".")[2] for name in layers[1:]})
+            if not any(name.endswith(f".{target}") for name in layers):
+                raise unknown("policy.targets", target, {name.rpartition(".")[2] for name in layers})
         device = null_embeds.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

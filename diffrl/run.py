@@ -15,6 +15,7 @@ from torch import Tensor
 from diffrl import __version__, checkpoint, memory, processes, settings_file, weights
 from diffrl import config as settings
 from diffrl.algorithms.averaging import WeightAverage
+from diffrl.algorithms.base import SKIPPED
 from diffrl.build import Setup
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import picture_grid
@@ -135,7 +136,8 @@ class Run:
         if algo.averaged(self.update):
             self.average.add()
         self.update += 1
-        self.skipped = self.skipped + 1 if metrics.get("train/skipped_steps") else 0
+        lost = SKIPPED in metrics and "train/grad_norm_lora" not in metrics  # every step of it
+        self.skipped = self.skipped + 1 if lost else 0
         if self.skipped == _MOST_SKIPPED:
             raise DiffRLError(
                 f"update {self.update}: no finite gradient for {_MOST_SKIPPED} updates in a row; none was "

@@ -165,6 +165,23 @@ def test_an_update_without_a_finite_gradient_is_skipped_and_five_end_the_run(
     assert all(not table.any() for table in control.values())  # as it was before them
 
 
+def test_of_several_steps_of_an_update_each_that_is_skipped_counts(words, tmp_path, monkeypatch):
+    """DDPO's two minibatches: an update is lost where both are."""
+    step, count = Algorithm.step, [0]
+
+    def poisoned(self, policy, optimizer):
+        count[0] += 1
+        if count[0] in (1, 3, 4) or (count[0] % 2 == 0 and count[0] > 5):
+            policy.lora_parameters()[0].grad[0, 0] = float("nan")
+        return step(self, policy, optimizer)
+
+    monkeypatch.setattr(Algorithm, "step", poisoned)
+    assert main(words("ddpo", tmp_path, "algo.updates=8")) == 0  # half of each of the last six was taken
+    lines = [line for line in numbers(tmp_path / "run") if "train/kl_weight" in line]
+    assert [line.get("train/skipped_steps", 0) for line in lines] == [1, 2, 1, 1, 1, 1, 1, 1]
+    assert ["train/grad_norm_lora" in line for line in lines] == [True, False, *[True] * 6]
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(
     words, tmp_path, stopped_after, capsys
 ):
