@@ -62,9 +62,11 @@ class Algorithm(ABC):
         if not 0 <= self.average <= 1:
             raise DiffRLError(f"algo.average={self.average}: must be between 0 and 1.")
 
-    @property
-    def target_gamma(self) -> float | None:
-        """Gamma of the law p_ref p(y|x, c)^gamma / Z that this objective leads to; None: to no such law."""
+    def target_gamma(self, num_dims: int) -> float | None:
+        """Return gamma of the law p_ref p(y|x, c)^gamma / Z that this objective leads to.
+
+        None: it leads to no such law. A latent has `num_dims` numbers.
+        """
         return None
 
     @abstractmethod

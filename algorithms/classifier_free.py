@@ -56,9 +56,8 @@ class ClassifierFree(DenoisingFit):
             if not 0 <= getattr(self, name) < 1:
                 raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be 0 or more and below 1.")
 
-    @property
-    def target_gamma(self) -> float | None:
-        """The posterior itself."""
+    def target_gamma(self, num_dims: int) -> float | None:
+        """Return 1: the posterior itself."""
         return 1.0
 
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:

@@ -49,7 +49,8 @@ class CTRL(Pathwise):
     def update(
         self, trajectories: Iterable[Trajectory], policy: Policy, optimizer: Optimizer
     ) -> dict[str, float]:
-        """Take one step, and report J in nats besides."""
+        """Take one step, and report J in nats besides; with `kl_reduction=mean` J over the latent dims."""
         metrics = super().update(trajectories, policy, optimizer)
-        objective = self.gamma * metrics["rollout/reward_mean"] - metrics["rollout/kl"]
+        kl = metrics["rollout/kl" if self.kl_reduction == "sum" else "rollout/kl_mean"]
+        objective = self.gamma * metrics["rollout/reward_mean"] - kl
         return metrics | {"rollout/objective": objective}

@@ -87,9 +87,8 @@ class DDPO(Algorithm):
         self.statistics = GroupStatistics(self.buffer_size, self.min_count)
         self.budget = KLBudget(self.kl_budget, self.kl)
 
-    @property
-    def target_gamma(self) -> float | None:
-        """One over the weight of the KL."""
+    def target_gamma(self, num_dims: int) -> float | None:
+        """Return one over the weight of the KL."""
         return 1 / self.kl if self.kl else None
 
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:

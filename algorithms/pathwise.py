@@ -27,8 +27,10 @@ from diffrl.types import Trajectory
 class Pathwise(Algorithm):
     """Maximise E[r(x_0, c, y) - w sum_t KL(p_theta || p_ref)] by its pathwise gradient.
 
-    With `kl_steps`, the KL is estimated without bias, in value and gradient: each kept step's over the
-    chance of its being kept, and `kl_steps` of those that `truncation` never keeps. With null it is
+    With `kl_steps`, the KL is estimated without bias: each kept step's over the chance of its being kept,
+    and `kl_steps` of those that `truncation` never keeps. So is its gradient through the whole chain
+    (`truncation.kind=fixed truncation.path=network`); on the shorter paths a step's KL has its gradient at
+    a constant x_t, which leaves out what an action does to the KL of later steps. With null the KL is
     measured at every step, and has a gradient at the kept ones alone (CTRL's code).
     """
 
@@ -53,6 +55,13 @@ class Pathwise(Algorithm):
                 "some steps needs each one's chance of being kept, and here K is random. Use "
                 "algo.kl_steps=null, or algo.truncation.kind=fixed, last or subset."
             )
+        path, kind = self.truncation.path, self.truncation.kind
+        if self.kl_weight and self.kl_steps is not None and path == "network" and kind == "subset":
+            raise DiffRLError(
+                f"algo.truncation.path={path} algo.truncation.kind={kind}: a kept step's KL would count "
+                "one over its chance, its reward through the chain once, and the KL weigh too much. "
+                "Use algo.truncation.kind=fixed, or as CTRL's code algo.kl_steps=null and kind=uniform."
+            )
         if not 0 <= self.kl_annealing <= 1:
             raise DiffRLError(f"algo.kl_annealing={self.kl_annealing}: must be between 0 and 1.")
         self.budget = KLBudget(self.kl_budget, self.kl_weight)
@@ -63,10 +72,11 @@ class Pathwise(Algorithm):
     def kl_weight(self) -> float:
         """The weight w, before it is annealed and adapted, in units of the reward; 0: no KL is computed."""
 
-    @property
-    def target_gamma(self) -> float | None:
-        """One over the weight of the KL."""
-        return 1 / self.kl_weight if self.kl_weight else None
+    def target_gamma(self, num_dims: int) -> float | None:
+        """Return one over the summed KL's weight: of a mean over dims, each nat weighs so much less."""
+        if not self.kl_weight:
+            return None
+        return (num_dims if self.kl_reduction == "mean" else 1) / self.kl_weight
 
     def begin(self, update: int) -> None:
         """Anneal the KL's weight, linearly: early on the reward is found, later the nearest way to it."""

@@ -50,9 +50,8 @@ class RWR(DenoisingFit):
         if not 0 <= self.percentile < 100:
             raise DiffRLError(f"algo.percentile={self.percentile}: must be 0 or more and below 100.")
 
-    @property
-    def target_gamma(self) -> float | None:
-        """The exponent, if each round starts from the pretrained model; else it grows with the rounds."""
+    def target_gamma(self, num_dims: int) -> float | None:
+        """Return the exponent, if rounds start from the pretrained model; else it grows with the rounds."""
         return self.gamma if self.source == "pretrained" and self.weights == "exponential" else None
 
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:

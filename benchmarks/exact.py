@@ -59,7 +59,7 @@ def solve(words: list[str]) -> dict[str, list[dict[str, float]]]:
     assert isinstance(model, GaussianMixtureModel)
     policy = setup.make_policy(reward.num_classes)
     laws = {"network": policy.reference, "closed form": closed_form(model, setup.schedule)}
-    gamma = setup.config.algo.target_gamma or 1.0
+    gamma = setup.target_gamma
     reach = setup.config.env.reach
     return {
         name: describe(

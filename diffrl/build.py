@@ -5,6 +5,7 @@ Shapes: M pictures `[M, 3, S, S]`.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ class Setup:
     @property
     def target_gamma(self) -> float:
         """Gamma of the law that is aimed at: the guidance's, else the algorithm's, else 1."""
-        return self.config.guidance.target_gamma or self.config.algo.target_gamma or 1.0
+        own = self.config.algo.target_gamma(math.prod(self.backbone.latent_shape))
+        return self.config.guidance.target_gamma or own or 1.0
 
     def seed(self, *stream: int) -> int:
         """Return a seed for each purpose, from the run's seed and `stream`."""

@@ -5,8 +5,10 @@ import torch
 from conftest import assert_close
 from test_policy import learn_a_little, make_policy
 
+from diffrl import config
 from diffrl.algorithms.ctrl import CTRL
 from diffrl.algorithms.truncation import Truncation
+from diffrl.build import Setup
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.rollout import rollout
@@ -320,6 +322,25 @@ def test_training_raises_the_objective(tiny):
     assert objective(env, policy, 0, gamma=10.0) > before + 1
 
 
+def test_the_mean_kl_aims_at_gamma_times_dims():
+    """Which is what it trains as; DDPO's weight and RWR's exponent are of the sum."""
+    assert CTRL(gamma=3.0).target_gamma(64) == 3.0
+    assert_close(CTRL(gamma=3.0, kl_reduction="mean").target_gamma(64), 192.0, atol=1e-9)
+    setup = Setup(config.load(["algo.gamma=2", "algo.kl_reduction=mean"]))
+    assert_close(setup.target_gamma, 2.0 * 4 * 16 * 16, atol=1e-9)
+
+
+def test_the_objective_that_is_told_is_the_one_that_is_maximised(tiny):
+    policy, env = make(tiny)
+    for reduction, dims in (("sum", 1), ("mean", 4 * 8 * 8)):
+        algorithm = CTRL(gamma=3.0, kl_reduction=reduction, batch_size=2, micro_batch_size=2)
+        env.reset(seed=3)
+        trajectory = algorithm.collect(env, policy, torch.Generator().manual_seed(1))
+        expected = 3.0 * trajectory.reward.mean() - trajectory.kl.sum(0).mean() / dims
+        metrics = algorithm.update([trajectory], policy, torch.optim.SGD(trainable(policy), lr=0.0))
+        assert_close(metrics["rollout/objective"], expected, atol=1e-5)
+
+
 def test_the_optimizer_s_settings_are_the_algorithm_s(tiny):
     policy, _ = make(tiny)
     groups = CTRL(beta2=0.97, weight_decay=0.5, learning_rate=0.1).make_optimizer(policy).param_groups
@@ -338,6 +359,7 @@ def test_the_optimizer_s_settings_are_the_algorithm_s(tiny):
         {"learning_rate": 0.0},
         {"decay": "cosine"},
         {"kl_annealing": 1.5},
+        {"truncation": Truncation(path="network")},
         {"beta2": 1.0},
     ],
 )
