@@ -32,6 +32,7 @@ from diffrl.quality import unavailable
 from diffrl.rewards.clip import load_clip
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import LAYOUT, LogLikelihood
+from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.rollout import rollout
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward
@@ -308,6 +309,11 @@ def _check_guidance(config: Config) -> None:
         raise DiffRLError(
             f"guidance={name} reward={reward}: it follows the reward's gradient, and {reward!r} is a black "
             "box. Use guidance=svdd or smc, or reward=compressibility."
+        )
+    if config.guidance.needs_gradient and isinstance(config.reward, OnlineSurrogateReward):
+        raise DiffRLError(
+            f"guidance={name} reward={reward}: a surrogate learns while a policy is trained, and it knows "
+            "nothing here. Use guidance=svdd or smc, with the reward itself."
         )
     if config.guidance.needs_noise and config.env.eta == 0:
         raise DiffRLError(

@@ -29,7 +29,7 @@ def measure(
     if isinstance(reward, ClosedForm):
         return MixtureEvaluation(setup, policy, reward).measure(seed)
     stand_in = None
-    if isinstance(reward, OnlineSurrogateReward) and not setup.config.guidance.needs_gradient:
+    if isinstance(reward, OnlineSurrogateReward):
         stand_in = reward if reward.num_queries else None
         reward = reward.of  # a surrogate is judged by what it stands for
     actor = setup.make_guided(policy, reward, num_pictures)

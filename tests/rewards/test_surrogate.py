@@ -126,6 +126,7 @@ def test_a_run_with_it_counts_its_queries_is_judged_by_the_true_reward_and_resum
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "run"), "--json", "-n", "2"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["reward_mean"] < -0.3
+    assert "knows nothing here" in fails(capsys, "eval", str(tmp_path / "run"), "guidance=mpgd")
 
 
 def test_settings_of_the_true_reward_are_reached_and_come_back(tmp_path):
