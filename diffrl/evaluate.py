@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import Tensor
 
 from diffrl.algorithms.guidance.base import Guidance
+from diffrl.envs.prompts import LabelledPrompt
 from diffrl.log import grid
 from diffrl.policy import Pretrained
 from diffrl.quality import brisque, clip_score, diversity, image_statistics
@@ -38,26 +39,29 @@ def evaluate(
 
     Of any reward: its mean and standard deviation, KL in nats (null where a step has no density), the
     measures of `diffrl.quality`, prompt fidelity where there is a judge, cost. Of a control, with labels in
-    equal blocks, what `_control` and `_optimality` return, and the accuracy that the classifier claims, its
-    mean p(y|x). Of a `stand_in` that was trained on in the reward's place, the mean that it claims. Noise
-    and prompts come from `seed` alone: an evaluation neither reads nor moves a generator of training.
+    equal blocks, or each prompt's own where all prompts have one: what `_control` and `_optimality` return,
+    and the accuracy that the classifier claims, its mean p(y|x). Of a `stand_in` that was trained on in the
+    reward's place, the mean that it claims. Noise and prompts come from `seed` alone: an evaluation neither
+    reads nor moves a generator of training.
     """
     env = actor.env
     generator = torch.Generator(env.device).manual_seed(seed)
     labels = every_label(env.reward.num_classes)
-    target = labels[torch.arange(num_pictures) * len(labels) // num_pictures]
+    blocks = labels[torch.arange(num_pictures) * len(labels) // num_pictures]
+    own = all(isinstance(prompt, LabelledPrompt) for prompt in env.prompts)
     reference = actor.policy.reference if env.schedule.eta > 0 else None
-    rewards, kl, drawn, claimed = [], [], [], []
+    rewards, kl, drawn, claimed, targets = [], [], [], [], []
     prompts: list[str] = []
     at_once = env.num_envs // actor.population
     for start in range(0, num_pictures, at_once):
         # the last batch is filled up and trimmed: N is fixed
         index = torch.arange(start, start + at_once).clamp(max=num_pictures - 1)
-        options = {"label": target[index].repeat_interleave(actor.population, 0)}
+        options = {} if own else {"label": blocks[index].repeat_interleave(actor.population, 0)}
         first = seed if start == 0 else None
         trajectory = rollout(env, actor, generator, reference=reference, seed=first, options=options)
         kept = actor.chosen(generator)[: num_pictures - start]
         rewards.append(trajectory.reward[kept].cpu())
+        targets.append(trajectory.context.label[kept].cpu())
         if trajectory.kl is not None:
             kl.append(trajectory.kl.sum(0)[kept].cpu())
         drawn.append(trajectory.images[kept].cpu())
@@ -65,7 +69,7 @@ def evaluate(
             context = trajectory.context.rows(kept)
             claimed.append(score(stand_in, trajectory.images[kept], context).detach().cpu())
         prompts += [trajectory.context.prompts[i] for i in kept.tolist()]
-    images = torch.cat(drawn)
+    images, target = torch.cat(drawn), torch.cat(targets)
     reward = torch.cat(rewards)
     measures: dict[str, Any] = {
         "reward_mean": float(reward.mean()),
@@ -130,15 +134,16 @@ def _index(label: Tensor, num_classes: tuple[int, ...]) -> Tensor:
 
 
 def _optimality(reward: LogLikelihood, target: Tensor, objective: Tensor, gamma: float) -> dict[str, Any]:
-    """Return J = gamma log p - KL and the gap log Z - J of each label, nats; null where Z is unknown."""
-    labels = every_label(reward.num_classes)
-    per_label = torch.stack([objective[(target == label).all(1)].mean() for label in labels])
+    """Return J = gamma log p - KL and the gap log Z - J of each label, nats.
+
+    Null where Z is unknown, and of a label that no picture was asked to have.
+    """
+    asked = [objective[(target == label).all(1)] for label in every_label(reward.num_classes)]
+    own = [float(part.mean()) if len(part) else None for part in asked]
     log_z = reward.log_z(gamma)
-    return {
-        "objective": per_label.tolist(),
-        "log_z": None if log_z is None else log_z.tolist(),
-        "gap": None if log_z is None else (log_z.cpu() - per_label).tolist(),
-    }
+    known = None if log_z is None else log_z.tolist()
+    gap = None if known is None else [None if j is None else z - j for z, j in zip(known, own, strict=True)]
+    return {"objective": own, "log_z": known, "gap": gap}
 
 
 def _cost(actor: Guidance, seed: int) -> dict[str, float]:

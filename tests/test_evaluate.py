@@ -1,6 +1,7 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import assert_close
 from test_cli import FAST, fails
@@ -45,6 +46,24 @@ class TestControl:
     def test_a_label_s_index_is_its_place_in_every_label(self):
         labels = every_label((2, 3, 4))
         assert _index(labels, (2, 3, 4)).tolist() == list(range(24))
+
+
+def test_prompts_with_labels_are_evaluated_under_their_own(tiny_path, tmp_path, capsys):
+    """No picture is asked for label 0: nothing is known of it, and that is valid JSON."""
+    path = tmp_path / "words.csv"
+    path.write_text("prompt,label\ncat,1\ndog,1\n")
+    words = [f"env.model={tiny_path}", f"root={tmp_path}", "name=run", f"prompts={path}", *FAST]
+    assert main(["train", *words]) == 0
+    run = str(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["eval", run, "-n", "6", "--json"]) == 0
+    measures = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+    assert [sum(row) for row in measures["confusion"]] == [0, 6]
+    assert measures["objective"][0] is measures["gap"][0] is None
+    assert_close(measures["gap"][1], measures["log_z"][1] - measures["objective"][1], atol=1e-6)
+    assert main(["eval", run, "-n", "6", "--prompts", "simple_animals", "--json"]) == 0
+    measures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [sum(row) for row in measures["confusion"]] == [3, 3]
 
 
 def test_two_controls_are_trained_measured_and_asked_for(tiny_path, tmp_path, capsys):
