@@ -122,7 +122,9 @@ def curves(suite: Suite, records: list[dict[str, Any]]) -> dict[str, list[Line]]
             numbers = [isinstance(point.get(measure), int | float) for points in runs for point in points]
             if not numbers or not all(numbers):
                 continue
-            steps = list(zip(*runs, strict=True))  # of the same settings: evaluated at the same updates
+            # one that stopped early (`patience`) has no say after it
+            at = [{point["update"]: point for point in points} for points in runs]
+            steps = [[points[u] for points in at] for u in sorted(set.intersection(*map(set, at)))]
             middle, half = zip(*(interval([p[measure] for p in step]) for step in steps), strict=True)
             name = f"spent/{currency}"
             spent = [_over_seeds(name, [point[name] for point in step])[0] for step in steps]

@@ -37,13 +37,15 @@ def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them():
     assert (row["spent/seconds"], row["spent/seconds_ci95"]) == (20.0, None)
     assert row["spent/pictures"] == 440.0
     for record in records:
-        for point in record["points"]:
-            point["spent/network_calls"] = 1.0
+        for update, point in enumerate(record["points"]):
+            point |= {"spent/network_calls": 1.0, "update": update}
     suite = suites.Suite(rows={"a": []}, columns={"r": "reward"}, curve={"r": "reward"})
     panels = summary.curves(suite, records)
     assert panels["seconds"][0].x == [10.0, 20.0]
     assert panels["pictures drawn"][0].x == [100.0, 440.0]
     assert panels["seconds"][0].y == [2.0, 2.0]
+    records[0]["points"].append(records[0]["points"][-1] | {"update": 2})  # the other seed stopped before
+    assert summary.curves(suite, records)["seconds"][0].x == [10.0, 20.0]
 
 
 def test_a_record_has_the_bare_names_of_an_evaluation():
