@@ -134,16 +134,17 @@ def _index(label: Tensor, num_classes: tuple[int, ...]) -> Tensor:
 
 
 def _optimality(reward: LogLikelihood, target: Tensor, objective: Tensor, gamma: float) -> dict[str, Any]:
-    """Return J = gamma log p - KL and the gap log Z - J of each label, nats.
+    """Return J = gamma log p - KL and the gap log Z - J of each label, nats; and the ESS of log Z.
 
     Null where Z is unknown, and of a label that no picture was asked to have.
     """
     asked = [objective[(target == label).all(1)] for label in every_label(reward.num_classes)]
     own = [float(part.mean()) if len(part) else None for part in asked]
-    log_z = reward.log_z(gamma)
-    known = None if log_z is None else log_z.tolist()
-    gap = None if known is None else [None if j is None else z - j for z, j in zip(known, own, strict=True)]
-    return {"objective": own, "log_z": known, "gap": gap}
+    log_z, ess = reward.log_z(gamma), reward.log_z_ess(gamma)
+    if log_z is None or ess is None:
+        return {"objective": own, "log_z": None, "log_z_ess": None, "gap": None}
+    gap = [None if j is None else z - j for z, j in zip(log_z.tolist(), own, strict=True)]
+    return {"objective": own, "log_z": log_z.tolist(), "log_z_ess": ess.tolist(), "gap": gap}
 
 
 def _cost(actor: Guidance, seed: int) -> dict[str, float]:

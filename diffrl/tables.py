@@ -40,13 +40,15 @@ def show(measures: dict[str, Any], reward: Reward) -> None:
 def control_rows(measures: dict[str, Any], reward: LogLikelihood) -> list[list[str]]:
     """Return headings and a row a label: what it asks for, how often it is obeyed, objective in nats."""
     titles = [attribute.measure.title for attribute in reward.attributes]
-    rows = [["label", *titles, "accuracy", "J", "log Z", "gap (nats)"]]
+    rows = [["label", *titles, "accuracy", "J", "log Z", "its ESS", "gap (nats)"]]
     bounds = [attribute.measure.bounds(attribute.edges) for attribute in reward.attributes]
     for number, label in enumerate(every_label(reward.num_classes)):
         asked = [words[y] for words, y in zip(bounds, label.tolist(), strict=True)]
-        keys = ("objective", "log_z", "gap")
-        nats = (measures[key][number] if measures.get(key) else None for key in keys)
-        known = ("-" if value is None else f"{value:.2f}" for value in nats)
+        formats = {"objective": ".2f", "log_z": ".2f", "log_z_ess": ".0f", "gap": ".2f"}
+        known = []
+        for key, form in formats.items():
+            value = measures[key][number] if measures.get(key) else None
+            known.append("-" if value is None else f"{value:{form}}")
         rows.append([label_name(label), *asked, f"{measures['per_class'][number]:.3f}", *known])
     return rows
 

@@ -195,16 +195,29 @@ class LogLikelihood(nn.Module):
     def log_z(self, gamma: float) -> Tensor | None:
         """Return the Monte Carlo estimate of log E_ref[exp(gamma r)] for each label, `[C]`, nats.
 
-        In the order of `every_label`. The expectation is over prompts too, so by Jensen it is no less than
-        the mean of log Z(c), and still an upper bound of the objective averaged over prompts.
+        In the order of `every_label`. log Z itself is over prompts too: by Jensen it is no less than the
+        mean of log Z(c), and still an upper bound of the objective averaged over prompts. The estimate is
+        on average below it, by Jensen again, and far below where few pictures have all the weight
+        (`log_z_ess`). Z is of the model, steps and prompts that drew the pictures the classifier was held
+        against.
         """
+        weight = self._log_weights(gamma)
+        return None if weight is None else weight.logsumexp(0) - math.log(len(weight))
+
+    def log_z_ess(self, gamma: float) -> Tensor | None:
+        """Return for how many pictures `log_z` stands, its effective sample size (sum w)^2 / sum w^2."""
+        weight = self._log_weights(gamma)
+        return None if weight is None else (2 * weight.logsumexp(0) - (2 * weight).logsumexp(0)).exp()
+
+    def _log_weights(self, gamma: float) -> Tensor | None:
+        """Return gamma r of each held-out picture under each label, `[M, C]`; None if none were kept."""
         total = torch.zeros(1, 1, device=self.attributes[0].edges.device)
         for attribute in self.attributes:
             if attribute.pretrained_log_prob is None:
                 return None
             own = self._capped(attribute.pretrained_log_prob)
             total = (total[:, :, None] + own[:, None, :]).flatten(1)
-        return (gamma * total).logsumexp(0) - math.log(len(total))
+        return gamma * total
 
     def _capped(self, log_prob: Tensor) -> Tensor:
         return log_prob.clamp(max=math.log(self.ceiling))

@@ -205,6 +205,9 @@ class TestLogLikelihood:
         # gamma 2: mean over the two pictures of p squared
         expected = [(0.25 + 0.01) / 2, (0.0625 + 0.04) / 2, (0.0625 + 0.49) / 2]
         assert_close(reward.log_z(2.0).exp(), expected, atol=1e-6)
+        squares = [0.25**2 + 0.01**2, 0.0625**2 + 0.04**2, 0.0625**2 + 0.49**2]
+        effective = [(2 * mean) ** 2 / square for mean, square in zip(expected, squares, strict=True)]
+        assert_close(reward.log_z_ess(2.0), effective, atol=1e-5)
 
     def test_above_the_ceiling_a_picture_has_no_gradient_and_no_more_reward(self):
         reward, images = self.reward(), pictures(40)
