@@ -35,6 +35,7 @@ class Algorithm(ABC):
     beta2: float = 0.999  # AdamW's memory of squared gradients; less of it forgets a steep beginning sooner
     max_grad_norm: float = 5.0  # of LoRA and embedding jointly
     decay: str = "linear"  # of both learning rates, to 0 after `updates`: linear or constant
+    warmup: int = 0  # updates over which both rise first, linearly: AdamW's first steps are its least known
     average: float = 0.0  # the last share of the updates whose weights' mean is the result; 0: the last's
 
     fewest_updates: ClassVar[int] = 1
@@ -59,6 +60,8 @@ class Algorithm(ABC):
         if not 0 < self.beta2 < 1:
             raise DiffRLError(f"algo.beta2={self.beta2}: must be between 0 and 1, and neither.")
         check_choice("algo.decay", self.decay, ("linear", "constant"))
+        if self.warmup < 0:
+            raise DiffRLError(f"algo.warmup={self.warmup}: must be 0 or more.")
         if not 0 <= self.average <= 1:
             raise DiffRLError(f"algo.average={self.average}: must be between 0 and 1.")
 
@@ -98,7 +101,8 @@ class Algorithm(ABC):
 
     def rate(self, update: int) -> float:
         """Return the factor on both learning rates at an update, counted from 0."""
-        return 1.0 if self.decay == "constant" else 1 - update / max(self.updates, 1)
+        rising = min((update + 1) / (self.warmup + 1), 1.0)
+        return rising * (1.0 if self.decay == "constant" else 1 - update / max(self.updates, 1))
 
     def averaged(self, update: int) -> bool:
         """Return whether the weights after an update, counted from 0, belong to the mean."""

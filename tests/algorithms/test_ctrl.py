@@ -341,6 +341,15 @@ def test_the_objective_that_is_told_is_the_one_that_is_maximised(tiny):
         assert_close(metrics["rollout/objective"], expected, atol=1e-5)
 
 
+def test_the_rates_rise_over_the_warm_up_and_fall_to_the_end():
+    linear = CTRL(updates=8, warmup=3)
+    by_hand = [1 / 4, 2 / 4 * 7 / 8, 3 / 4 * 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert_close([linear.rate(update) for update in range(8)], by_hand, atol=1e-12)
+    constant = CTRL(updates=4, warmup=1, decay="constant")
+    assert [constant.rate(update) for update in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert CTRL(updates=4).rate(0) == 1.0
+
+
 def test_the_optimizer_s_settings_are_the_algorithm_s(tiny):
     policy, _ = make(tiny)
     groups = CTRL(beta2=0.97, weight_decay=0.5, learning_rate=0.1).make_optimizer(policy).param_groups
@@ -361,6 +370,7 @@ def test_the_optimizer_s_settings_are_the_algorithm_s(tiny):
         {"kl_annealing": 1.5},
         {"truncation": Truncation(path="network")},
         {"beta2": 1.0},
+        {"warmup": -1},
     ],
 )
 def test_impossible_settings_are_refused(settings):
