@@ -108,6 +108,7 @@ class Pathwise(Algorithm):
             grad_steps=kept if posterior_mean is None else factors,
             kl_weights=weights,
             posterior_mean=posterior_mean,
+            log_probs=False,
         )
 
     def _kl_of_others(self, kappa: Tensor, chances: list[float], generator: torch.Generator) -> list[float]:

@@ -23,6 +23,7 @@ def rollout(
     grad_steps: int | Sequence[float] = 0,
     kl_weights: Sequence[float] | None = None,
     posterior_mean: Callable[[Observation], Tensor] | None = None,
+    log_probs: bool = True,
     seed: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> Trajectory:
@@ -46,6 +47,8 @@ def rollout(
             where x_0 given x_{t-1} is Gaussian of a constant covariance; elsewhere it is an estimate whose
             bias has no bound. By default gradients go back through the chain, by the true derivative where
             a step is kept, by the derivative at a constant noise prediction where it is not.
+        log_probs: whether to measure the actions' log-probabilities, which a pathwise gradient has no use
+            for.
 
     Examples:
         >>> from diffrl import config
@@ -64,7 +67,7 @@ def rollout(
     wanted = any(grad_steps)
     obs, _ = env.reset(seed=seed, options=options)
     actor.begin(obs)
-    latents, log_probs, kls, log_ratios = [obs["latents"].detach()], [], [], []
+    latents, densities, kls, log_ratios = [obs["latents"].detach()], [], [], []
     reward = info = None
     shortcuts: list[Tensor] = []  # from kept actions to x_0
     for i, factor in enumerate(grad_steps):
@@ -86,11 +89,11 @@ def rollout(
             prev_sample = sum(shortcuts, prev_sample.detach())
         elif posterior_mean is None and x_t.requires_grad and not keep:
             prev_sample = prev_sample + _gradient_alone(env.schedule.x_gain[i], x_t)
-        if step.distribution is not None:
+        if log_probs and step.distribution is not None:
             with torch.no_grad():
-                log_probs.append(step.distribution.log_prob(step.prev_sample))
+                densities.append(step.distribution.log_prob(step.prev_sample))
                 if measured:
-                    log_ratios.append(log_probs[-1] - other.log_prob(step.prev_sample))
+                    log_ratios.append(densities[-1] - other.log_prob(step.prev_sample))
         with torch.set_grad_enabled(wanted):
             obs, reward, _, _, info = env.step(prev_sample)
             if posterior_mean is not None and keep and i < steps - 1:
@@ -101,7 +104,7 @@ def rollout(
     return Trajectory(
         latents=torch.stack(latents),
         timesteps=env.schedule.timesteps.tolist(),
-        log_prob=torch.stack(log_probs) if log_probs else None,
+        log_prob=torch.stack(densities) if densities else None,
         kl=torch.stack(kls) if kls else None,
         log_ratio=torch.stack(log_ratios) if log_ratios else None,
         reward=reward,
