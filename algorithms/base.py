@@ -96,9 +96,6 @@ class Algorithm(ABC):
         ]
         return AdamW(groups, betas=(0.9, self.beta2), weight_decay=self.weight_decay)
 
-    def begin(self, update: int) -> None:  # noqa: B027 (most have nothing to set)
-        """Be told which update is next, counted from 0: here an algorithm sets what changes over a run."""
-
     def rate(self, update: int) -> float:
         """Return the factor on both learning rates at an update, counted from 0."""
         rising = min((update + 1) / (self.warmup + 1), 1.0)

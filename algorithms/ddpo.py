@@ -125,10 +125,7 @@ class DDPO(Algorithm):
         if batch.kl is not None:
             metrics["rollout/kl"] = float(batch.kl.sum()) / len(rewards)
         metrics = processes.summed(metrics) | {"rollout/reward_mean": float(rewards.mean())}
-        if batch.kl is not None:
-            metrics["train/kl_weight"] = self.kl * self.budget.factor
-            self.budget.learn(metrics["rollout/kl"])
-        return metrics | over_steps(steps)
+        return metrics | self.budget.learn(metrics.get("rollout/kl", 0.0)) | over_steps(steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rewards of each group that are remembered, and the budget's factor."""

@@ -32,13 +32,17 @@ class KLBudget:
                 f"algo.kl_budget={nats} algo.kl={weight}: it adapts the KL's weight, and 0 stays 0; "
                 "give algo.kl=0.001, or another to begin with."
             )
-        self.nats, self.factor = nats, 1.0
+        self.nats, self.weight, self.factor = nats, weight, 1.0
 
-    def learn(self, kl: float) -> None:
-        """Take in the mean KL of an update's pictures, nats."""
-        if self.nats is not None and math.isfinite(kl):
+    def learn(self, kl: float) -> dict[str, float]:
+        """Take in the mean KL of an update's pictures, nats, and return the weight it had, as a metric."""
+        if self.nats is None:
+            return {}
+        had = {"train/kl_weight": self.weight * self.factor}
+        if math.isfinite(kl):
             error = kl / self.nats - 1
             self.factor *= 1 + _GAIN * max(-_MOST, min(error, _MOST))
+        return had
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later updates depend on; nothing without a budget."""

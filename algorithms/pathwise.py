@@ -39,7 +39,6 @@ class Pathwise(Algorithm):
     max_grad_norm: float = 10.0  # of LoRA and embedding; chosen on emoji, where few updates pass it
     kl_steps: int | None = 1  # that stand for those never kept in the KL's estimate; null: all are measured
     kl_budget: float | None = None  # nats that the KL of the rollouts is to come to: its weight adapts
-    kl_annealing: float = 1.0  # share of the KL's weight that the first update has; the last has all of it
     truncation: Truncation = field(default_factory=Truncation)
 
     needs_gradient: ClassVar[bool] = True
@@ -62,26 +61,18 @@ class Pathwise(Algorithm):
                 "one over its chance, its reward through the chain once, and the KL weigh too much. "
                 "Use algo.truncation.kind=fixed, or as CTRL's code algo.kl_steps=null and kind=uniform."
             )
-        if not 0 <= self.kl_annealing <= 1:
-            raise DiffRLError(f"algo.kl_annealing={self.kl_annealing}: must be between 0 and 1.")
         self.budget = KLBudget(self.kl_budget, self.kl_weight)
-        self.begin(0)
 
     @property
     @abstractmethod
     def kl_weight(self) -> float:
-        """The weight w, before it is annealed and adapted, in units of the reward; 0: no KL is computed."""
+        """The weight w before a budget adapts it, in units of the reward; 0: no KL is computed."""
 
     def target_gamma(self, num_dims: int) -> float | None:
         """Return one over the summed KL's weight: of a mean over dims, each nat weighs so much less."""
         if not self.kl_weight:
             return None
         return (num_dims if self.kl_reduction == "mean" else 1) / self.kl_weight
-
-    def begin(self, update: int) -> None:
-        """Anneal the KL's weight, linearly: early on the reward is found, later the nearest way to it."""
-        left = 1 - update / max(self.updates - 1, 1)
-        self.annealed = 1 - left * (1 - self.kl_annealing)
 
     def collect(self, env: DenoisingVectorEnv, policy: Policy, generator: torch.Generator) -> Trajectory:
         """Return one micro-batch, with the graph of the steps that truncation keeps."""
@@ -128,7 +119,7 @@ class Pathwise(Algorithm):
     ) -> dict[str, float]:
         """Back-propagate through each micro-batch, then step once."""
         share = self.micro_batch_size / self.batch_size
-        weight = self.kl_weight * self.annealed * self.budget.factor
+        weight = self.kl_weight * self.budget.factor
         total: dict[str, float] = {}
         for trajectory in trajectories:
             objective, seen = trajectory.reward, {"rollout/reward_mean": trajectory.reward.mean()}
@@ -142,9 +133,7 @@ class Pathwise(Algorithm):
             for name, value in (seen | {"train/loss": loss}).items():
                 total[name] = total.get(name, 0.0) + share * float(value.detach())
         metrics = processes.summed(total)
-        if self.kl_weight:
-            metrics["train/kl_weight"] = weight
-            self.budget.learn(metrics["rollout/kl"])
+        metrics |= self.budget.learn(metrics.get("rollout/kl", 0.0))
         return metrics | self.step(policy, optimizer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ SMALL = [
     "checkpoint_every=1",
 ]
 ALGORITHMS = {
-    "ctrl": ["algo.kl_annealing=0.2"],
+    "ctrl": [],
     "ctrl, accumulated, best kept": ["algo=ctrl", "algo.micro_batch_size=1", "keep_best=eval/mean_logp"],
     "ddpo": ["algo=ddpo", "algo.kl=0.5", "algo.per_prompt=true", "algo.min_count=2", "algo.minibatches=2"],
     "rwr": ["algo=rwr", "algo.epochs=2", "algo.fit_batch_size=2"],
@@ -177,7 +177,7 @@ def test_of_several_steps_of_an_update_each_that_is_skipped_counts(words, tmp_pa
 
     monkeypatch.setattr(Algorithm, "step", poisoned)
     assert main(words("ddpo", tmp_path, "algo.updates=8")) == 0  # half of each of the last six was taken
-    lines = [line for line in numbers(tmp_path / "run") if "train/kl_weight" in line]
+    lines = [line for line in numbers(tmp_path / "run") if "rollout/kl" in line]
     assert [line.get("train/skipped_steps", 0) for line in lines] == [1, 2, 1, 1, 1, 1, 1, 1]
     assert ["train/grad_norm_lora" in line for line in lines] == [True, False, *[True] * 6]
 

@@ -367,7 +367,6 @@ def test_the_optimizer_s_settings_are_the_algorithm_s(tiny):
         {"batch_size": 10, "micro_batch_size": 4},
         {"learning_rate": 0.0},
         {"decay": "cosine"},
-        {"kl_annealing": 1.5},
         {"truncation": Truncation(path="network")},
         {"beta2": 1.0},
         {"warmup": -1},
