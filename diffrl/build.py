@@ -38,6 +38,7 @@ from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward
 
 _FEW = 100  # pictures of a class
+_DRAWN = 2  # part of the cache's key: raise it when the same settings come to draw other pictures
 
 
 class Setup:
@@ -192,7 +193,7 @@ class Setup:
         facts = [__version__, LAYOUT, settings.chosen(config, "reward"), fitted, config.seed]
         if self.dataset is None:
             env = settings_file.facts(config)["env"]
-            facts += [env, self.prompts, config.eval_batch, str(self.device.type)]
+            facts += [_DRAWN, env, self.prompts, config.eval_batch, str(self.device.type)]
         else:
             facts.append(self.dataset.fingerprint())
         digest.update(json.dumps(facts, sort_keys=True).encode())
