@@ -241,4 +241,4 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
 
 def own_seed(seed: int) -> int:
     """Return the seed of the env's own stream: an actor's generator of `seed` would draw x_T once more."""
-    return int(np.random.SeedSequence([seed % 2**64, 1]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed % 2**64, *b"x_T"]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,3 +1,4 @@
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,6 +7,7 @@ import torch
 
 from diffrl import config
 from diffrl.build import Setup
+from diffrl.envs.denoising import own_seed
 from diffrl.errors import DiffRLError
 from diffrl.rewards.closed_form import Softmax
 
@@ -26,6 +28,15 @@ def test_of_two_that_want_the_same_classifier_one_fits_it(tiny_path, empty_cache
     assert drawn == [40]
     first, second = (reward.attributes[0].edges.tolist() for reward in rewards)
     assert first == second
+
+
+def test_no_stream_of_a_run_is_the_env_s_own():
+    setup = Setup(config.load(["env=gaussian_mixture", "seed=3"]))
+    assert own_seed(3) not in {
+        3,
+        *(setup.seed(*stream) for stream in itertools.product(range(9), repeat=2)),
+    }
+    assert own_seed(3) not in {setup.seed(purpose) for purpose in range(100)}
 
 
 def test_prompts_with_labels_are_checked_against_the_reward_s_and_drawn_with_them(tiny_path, tmp_path):
