@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -35,7 +34,7 @@ from diffrl.rewards.log_likelihood import LAYOUT, LogLikelihood
 from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.rollout import rollout
 from diffrl.schedule import DDIMSchedule
-from diffrl.types import Backbone, Reward
+from diffrl.types import Backbone, Reward, stream_seed
 
 _FEW = 100  # pictures of a class
 _DRAWN = 2  # part of the cache's key: raise it when the same settings come to draw other pictures
@@ -117,8 +116,7 @@ class Setup:
 
     def seed(self, *stream: int) -> int:
         """Return a seed for each purpose, from the run's seed and `stream`."""
-        state = np.random.SeedSequence([self.config.seed, *stream]).generate_state(1, np.uint64)
-        return int(state[0] >> 1)
+        return stream_seed(self.config.seed, *stream)
 
     def generator(self, *stream: int) -> torch.Generator:
         """Return a generator of its own for each purpose."""

@@ -196,6 +196,11 @@ class Trajectory:
         )
 
 
+def stream_seed(seed: int, *stream: int) -> int:
+    """Return the seed of the stream of random numbers that `stream` names, of those under `seed`."""
+    return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0] >> 1)
+
+
 def draw(distribution: Independent, generator: torch.Generator) -> Tensor:
     """Return a reparameterised sample: gradients flow through mean and scale, not the noise."""
     mean = distribution.mean

@@ -24,7 +24,16 @@ from diffrl.envs.prompts import LabelledPrompt
 from diffrl.errors import DiffRLError
 from diffrl.rewards.scoring import score
 from diffrl.schedule import DDIMSchedule
-from diffrl.types import NO_LABEL, Backbone, Context, Observation, Reward, check_range, to_pixels
+from diffrl.types import (
+    NO_LABEL,
+    Backbone,
+    Context,
+    Observation,
+    Reward,
+    check_range,
+    stream_seed,
+    to_pixels,
+)
 
 
 class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
@@ -241,4 +250,4 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
 
 def own_seed(seed: int) -> int:
     """Return the seed of the env's own stream: an actor's generator of `seed` would draw x_T once more."""
-    return int(np.random.SeedSequence([seed % 2**64, *b"x_T"]).generate_state(1, np.uint64)[0] >> 1)
+    return stream_seed(seed % 2**64, *b"x_T")
