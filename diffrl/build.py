@@ -37,7 +37,7 @@ from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward, stream_seed
 
 _FEW = 100  # pictures of a class
-_DRAWN = 2  # part of the cache's key: raise it when the same settings come to draw other pictures
+_FITTED = 3  # part of the cache's key: raise it when the same settings come to draw or fit otherwise
 
 
 class Setup:
@@ -188,10 +188,10 @@ class Setup:
         config, digest = self.config, hashlib.sha256()
         fitted = asdict(config.reward)
         del fitted["ceiling"]  # of the reward, not of its classifier
-        facts = [__version__, LAYOUT, settings.chosen(config, "reward"), fitted, config.seed]
+        facts = [__version__, LAYOUT, _FITTED, settings.chosen(config, "reward"), fitted, config.seed]
         if self.dataset is None:
             env = settings_file.facts(config)["env"]
-            facts += [_DRAWN, env, self.prompts, config.eval_batch, str(self.device.type)]
+            facts += [env, self.prompts, config.eval_batch, str(self.device.type)]
         else:
             facts.append(self.dataset.fingerprint())
         digest.update(json.dumps(facts, sort_keys=True).encode())

@@ -136,6 +136,19 @@ class TestFit:
         for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
             assert torch.equal(a, b)
 
+    def test_four_times_the_pictures_are_decayed_half_as_much(self, monkeypatch):
+        decays = []
+
+        class Spied(torch.optim.AdamW):
+            def __init__(self, *args, weight_decay, **settings):
+                decays.append(weight_decay)
+                super().__init__(*args, weight_decay=weight_decay, **settings)
+
+        monkeypatch.setattr(torch.optim, "AdamW", Spied)
+        for count in (100, 400):
+            Compressibility(num_classes=2).fit(pictures(count), 0, from_pretrained=True)
+        assert_close(decays[0] / decays[1], 2.0, atol=1e-9)
+
     def test_too_few_pictures_are_refused(self):
         with pytest.raises(
             DiffRLError, match=r"compressibility: 8 pictures with \[4, 4\] a class are too few"
