@@ -18,7 +18,7 @@ from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES
 from diffrl.types import NO_LABEL, Context
 
-FITTED = ("dct", "colour", "mixed", "cnn")  # features that stand on nothing else
+FITTED = ("dct", "fine_dct", "colour", "mixed", "cnn")  # features that stand on nothing else
 
 
 def pictures(count=120, seed=0):
@@ -119,7 +119,7 @@ class TestFit:
             "compressibility", pictures(), None, 2, features=features, seed=0, from_pretrained=True
         )
 
-    @pytest.mark.parametrize("features", ["dct", "cnn"])
+    @pytest.mark.parametrize("features", ["dct", "fine_dct", "cnn"])
     def test_it_learns_a_separable_measure(self, features):
         attribute = self.fitted(features)
         report = attribute.report
