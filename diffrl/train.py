@@ -123,9 +123,10 @@ def is_done(folder: Path) -> bool:
 
 
 def _resume(folder: Path, config: Config, begin: float) -> Path:
+    parts = untrained(folder, config)  # first: it meets the other processes, of which one takes the lock
     # nothing is written to a finished run, so it may lie where nothing can be
     with nullcontext() if is_done(folder) else lock.held(folder):
-        run = Run(*untrained(folder, config), folder)
+        run = Run(*parts, folder)
         run.load(folder / CHECKPOINTS)
         if run.done:
             console.print(f"[bold]{folder}[/]: finished already, {run.update} updates")

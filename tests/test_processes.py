@@ -3,12 +3,14 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import shared_runs
+import torch
 from conftest import assert_close
 from safetensors.torch import load_file
 
@@ -115,6 +117,27 @@ def test_the_result_does_not_depend_on_how_many_share_the_run(count, names, alon
         assert len(gradients) == sum(key.startswith("policy.") for key in one)
         for key in gradients:
             assert_close(several[key], one[key], atol=close)
+
+
+def test_stopped_and_resumed_by_two_it_is_the_run_of_two_that_never_was(alone, tiny_path, tmp_path):
+    """The last checkpoint and what came after it are taken away, as a kill does."""
+    command = [*commands(tiny_path, tmp_path)[0], "algo.updates=2"]
+    again = ["train", "--resume", str(tmp_path / "ctrl")]
+    run = launch(2, [command], alone[1], tmp_path / "log")
+    run.join()
+    assert run.exitcode == 0, (tmp_path / "log").read_text()
+    last, metrics = tmp_path / "ctrl/checkpoints/step-000002", tmp_path / "ctrl/metrics.jsonl"
+    tensors, lines = load_file(last / "tensors.safetensors"), numbers(tmp_path / "ctrl")
+    shutil.rmtree(last)
+    run = launch(2, [again], alone[1], tmp_path / "log2")
+    run.join()
+    said = (tmp_path / "log2").read_text()
+    assert run.exitcode == 0, said
+    assert "".join(said.split()).count("goesonafterupdate1of2") == 1
+    assert numbers(tmp_path / "ctrl") == lines
+    assert metrics.read_text().count('"update": 2,') == 2  # training's and the evaluation's, once
+    resumed = load_file(last / "tensors.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in tensors.items())
 
 
 def test_more_processes_than_micro_batches_are_refused(tiny_path, tmp_path, capsys, monkeypatch):
