@@ -180,7 +180,9 @@ class DDPO(Algorithm):
             clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
             loss = torch.maximum(-advantage * ratio, -advantage * clipped)
         if self.kl and self.kl_form == "loss":
-            loss = loss + scale * kl_weight * kl_divergence(law, policy.reference(obs))
+            with torch.no_grad():  # at a given x_t it is a constant, but its null label would have a graph
+                reference = policy.reference(obs)
+            loss = loss + scale * kl_weight * kl_divergence(law, reference)
         seen = {
             "train/loss": loss.mean(),
             "train/ratio_deviation": (ratio - 1).abs().mean(),

@@ -42,6 +42,16 @@ def test_score_function_gradient_equals_the_formula_written_out():
     assert_close(gradient, by_hand, atol=1e-10, rtol=1e-7)
 
 
+def test_the_reference_is_asked_for_no_graph():
+    """It would be one of zeros, as large as the policy's own."""
+    policy, graphs = ToyPolicy(), []
+    original = policy.reference
+    policy.reference = lambda obs: graphs.append(torch.is_grad_enabled()) or original(obs)
+    run(sized(8, kl=0.3, kl_form="loss"), policy)
+    assert graphs
+    assert not any(graphs)
+
+
 @pytest.mark.filterwarnings("ignore:algo.clip_range")  # d is 1: the two reductions are one
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_first_importance_sampled_step_equals_the_score_function(reduction):
