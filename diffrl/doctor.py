@@ -76,8 +76,10 @@ def _kl(episodes: Trajectory) -> Finding:
 
 def _ratios(policy: Policy, episodes: Trajectory, algo: Algorithm) -> list[Finding]:
     """Score the stored actions again, in one batch and one by one, as a policy gradient will."""
-    together = _largest_ratio(policy, episodes, len(episodes.reward))
-    alone = _largest_ratio(policy, episodes, 1)
+    summed = getattr(algo, "log_prob_reduction", "mean") == "sum"
+    scale = 1.0 if summed else 1 / episodes.latents[0][0].numel()
+    together = _largest_ratio(policy, episodes, len(episodes.reward), scale)
+    alone = _largest_ratio(policy, episodes, 1, scale)
     allowed = getattr(algo, "clip_range", 1e-4)
     advice = (
         "re-scoring is not what sampling did. Keep latents in float32, dropout off, and raise "
@@ -102,8 +104,8 @@ def _ratios(policy: Policy, episodes: Trajectory, algo: Algorithm) -> list[Findi
 
 
 @torch.no_grad()
-def _largest_ratio(policy: Policy, episodes: Trajectory, batch: int) -> Tensor:
-    """Return max |exp(mean log-probability, new minus old) - 1| of each step, `[T]`."""
+def _largest_ratio(policy: Policy, episodes: Trajectory, batch: int, scale: float) -> Tensor:
+    """Return max |exp(scale (log-probability, new minus old)) - 1| of each step, `[T]`."""
     assert episodes.log_prob is not None
     worst = []
     for t, stored in enumerate(episodes.log_prob):
@@ -111,7 +113,7 @@ def _largest_ratio(policy: Policy, episodes: Trajectory, batch: int) -> Tensor:
         for samples in torch.arange(len(stored), device=stored.device).split(batch):
             obs, action = episodes.decision(samples, torch.full_like(samples, t))
             again.append(policy(obs).log_prob(action))
-        log_ratio = (torch.cat(again) - stored) / episodes.latents[0][0].numel()
+        log_ratio = scale * (torch.cat(again) - stored)
         worst.append((log_ratio.exp() - 1).abs().max())
     return torch.stack(worst)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_cli import FAST, fails
+from torch.distributions import Independent
 
 from diffrl import config, doctor
 from diffrl.cli import main
@@ -55,6 +56,25 @@ def test_a_policy_whose_re_scoring_differs_is_found(tiny_path, monkeypatch):
     found = unsound(findings(tiny_path, "algo=ddpo", "reward=jpeg"))
     assert "largest |ratio - 1| before an update" in found
     assert "KL of the untrained policy" in found
+
+
+@pytest.mark.filterwarnings("ignore:algo.clip_range=0.2 algo.log_prob_reduction=mean")
+def test_a_summed_log_probability_is_held_against_the_clip_range_unreduced(tiny_path, monkeypatch):
+    """Off by 1e-3 in each of 256 dims: 1e-3 on average, .26 in sum, and .1 is allowed."""
+    log_prob, calls = Independent.log_prob, [0]
+
+    def drifting(self, value):
+        calls[0] += 1
+        return log_prob(self, value) + 1e-3 * value[0].numel() * (
+            calls[0] > 2
+        )  # two steps draw, then scored
+
+    monkeypatch.setattr(Independent, "log_prob", drifting)
+    words = ["algo=ddpo", "reward=jpeg", "algo.clip_range=0.2"]
+    assert "largest |ratio - 1| before an update" not in unsound(findings(tiny_path, *words))
+    calls[0] = 0
+    words += ["algo.log_prob_reduction=sum"]
+    assert "largest |ratio - 1| before an update" in unsound(findings(tiny_path, *words))
 
 
 def test_a_rounding_reward_is_found(tiny_path, monkeypatch):
