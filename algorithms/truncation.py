@@ -48,6 +48,11 @@ class Truncation:
             raise DiffRLError(
                 f"algo.truncation.low={self.low}: cuts all of the {num_steps} steps; give less."
             )
+        if self.kind in ("uniform", "gaussian") and self.high is not None and self.high > num_steps:
+            raise DiffRLError(
+                f"algo.truncation.high={self.high}: at most env.num_steps={num_steps}, or most draws would "
+                "cut all of the steps; give less, or null."
+            )
         if self.kind == "last":
             return [i >= num_steps - self.count for i in range(num_steps)]
         if self.kind == "subset":

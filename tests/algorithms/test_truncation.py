@@ -50,6 +50,11 @@ class TestTruncation:
         with pytest.raises(DiffRLError, match="put the mean between"):
             Truncation(kind="gaussian").kept(10, torch.Generator())
 
+    @pytest.mark.parametrize("kind", ["uniform", "gaussian"])
+    def test_a_cut_past_the_last_step_is_refused(self, kind):
+        with pytest.raises(DiffRLError, match=r"truncation.high=50: at most env.num_steps=20"):
+            Truncation(kind=kind, high=50).kept(20, torch.Generator())
+
     def test_a_subset_keeps_so_many_steps_each_equally_often(self):
         kept = self.count(Truncation(kind="subset", count=2, low=1, high=5))
         assert (kept.sum(1) == 2).all()
