@@ -209,7 +209,8 @@ def _entries(
     labels = [row.label(num_classes) if measures else None for row in rows]
     if any(labels) and None in labels:
         raise DiffRLError(f"{rows[labels.index(None)].where}: it has no label, and other rows have one.")
-    scored = {} if any(labels) else _score_columns(rows[0].cells, measures)
+    columns = dict.fromkeys(name for row in rows for name in row.cells)
+    scored = {} if any(labels) else _score_columns(columns, measures)
     root = folder.resolve()
     entries = [
         Entry(
@@ -223,7 +224,7 @@ def _entries(
     return entries, [f"classes of {name} are by the column {c!r}" for name, c in scored.items()]
 
 
-def _score_columns(names: Mapping[str, str], measures: Sequence[str]) -> dict[str, str]:
+def _score_columns(names: Mapping[str, None], measures: Sequence[str]) -> dict[str, str]:
     """Return the column that scores each measure, by measure."""
     found = {measures[0]: "score"} if len(measures) == 1 and "score" in names else {}
     for name in names:

@@ -153,6 +153,11 @@ class TestPlaces:
         ("metadata.csv", "file_name\n", "no row in it"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name"\n', "line 2: not a JSON object"),
         ("metadata.jsonl", "[]\n", "line 1: not a JSON object"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png"}\n{"file_name": "a.png", "score": 1}\n',
+            "line 1: score='' is not a number",
+        ),
         ("metadata.jsonl", b"\xff\xfe\x00", "cannot be read"),
         ("AVA.txt", "1 2 3\n", "no folder 'images' beside it"),
     ],
