@@ -254,6 +254,17 @@ class TestOutOfMemory:
         assert "eval_batch=4: out of memory." in line
         assert line.endswith("Take fewer at a time: eval_batch=2")
 
+    def test_eval_and_sample_say_what_would_fit(self, words, tmp_path, only_two, capsys):
+        small = ["algo.micro_batch_size=2", "eval_batch=4", "eval_pictures=4", "algo.updates=1"]
+        assert main(words("reward_backprop", tmp_path, *small)) == 0
+        only_two()
+        run = str(tmp_path / "run")
+        line = self.line(capsys, ["eval", run, "-n", "4"])
+        assert line.endswith("Take fewer at a time: eval_batch=2")
+        line = self.line(capsys, ["sample", run, "--prompt", "cat", "-n", "4"])
+        assert line.endswith("Take fewer at a time: -n=2")
+        assert main(["sample", run, "--prompt", "cat", "-n=2"]) == 0
+
 
 def test_the_next_smaller_micro_batch_divides_the_batch(tmp_path):
     for value, of, less in ((6, 6, 3), (9, 9, 3), (5, 5, 1), (4, 12, 2), (7, 0, 3)):

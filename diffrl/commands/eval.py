@@ -19,6 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and print."""
+    from diffrl import memory
     from diffrl.evaluate_mixture import table
     from diffrl.log import console
     from diffrl.restore import measure
@@ -28,7 +29,8 @@ def run(options: argparse.Namespace) -> None:
     if options.n < 1:
         raise DiffRLError(f"-n {options.n}: must be 1 or more.")
     setup, policy, reward = load(options)
-    measures = measure(setup, policy, reward, options.n, options.seed)
+    with memory.told("eval_batch", setup.config.eval_batch):
+        measures = measure(setup, policy, reward, options.n, options.seed)
     if options.json:
         print(json.dumps(measures))
     elif isinstance(reward, ClosedForm):

@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
+    from diffrl import memory
     from diffrl.algorithms.guidance.base import Unguided
     from diffrl.draw import draw
     from diffrl.evaluate import label_name, measures_of
@@ -42,7 +43,8 @@ def run(options: argparse.Namespace) -> None:
     if not asked and reward.num_classes and not isinstance(setup.config.guidance, Unguided):
         raise DiffRLError("no --label: guidance asks for a label, or it has nothing to go by.")
     actor = setup.guide(policy, reward, options.n)
-    images = draw(actor, options.prompt, label, options.seed)
+    with memory.told("-n", options.n):
+        images = draw(actor, options.prompt, label, options.seed)
     folder = options.out or (run_folder(options.words) or Path()) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     stem = options.prompt.replace(" ", "-").replace("/", "-")
