@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffrl.algorithms.ctrl import CTRL
-from diffrl.algorithms.guidance.smc import SMC
 from diffrl.cli import main
 from diffrl.restore import restore
 from diffrl.settings_file import read
@@ -32,7 +31,10 @@ FAST = [
 @pytest.fixture(scope="module")
 def run(tiny_path, tmp_path_factory):
     """Return the folder of a finished tiny run."""
-    root = tmp_path_factory.mktemp("runs")
+    return trained(tiny_path, tmp_path_factory.mktemp("runs"))
+
+
+def trained(tiny_path, root):
     assert main(["train", f"env.model={tiny_path}", f"root={root}", "name=one", *FAST]) == 0
     return root / "one"
 
@@ -317,52 +319,14 @@ def test_list_shows_every_choice(capsys):
         assert choice in text
 
 
-GUIDED = [
-    ["guidance=reconstruction"],
-    ["guidance=mpgd", "guidance.step=normalised"],
-    ["guidance=smc", "guidance.num_particles=2"],
-    ["guidance=svdd", "guidance.num_candidates=2"],
-]
-
-
-@pytest.mark.parametrize("words", GUIDED, ids=" ".join)
-def test_eval_and_sample_guide_a_run_and_the_pretrained_model(run, tiny_path, tmp_path, capsys, words):
-    capsys.readouterr()
-    assert main(["eval", str(run), "--json", "-n", "4", *words]) == 0
-    measures = json.loads(capsys.readouterr().out)
-    assert measures["n"] == 4
-    # SMC and SVDD have no density to compare
-    assert (measures["kl_nats"] is None) == ("smc" in words[0] or "svdd" in words[0])
-    assert measures["reward_calls_per_image"] > 0
-    assert main(["sample", str(run), *words, "--prompt=cat", "--label=1", "-n=3", f"--out={tmp_path}"]) == 0
-    assert len(list(tmp_path.glob("cat-label1-*.png"))) == 3
-    settings = [f"env.model={tiny_path}", "env.num_steps=2", "reward=jpeg"]
-    if "smc" in words[0] or "svdd" in words[0]:  # a black box will do
-        assert main(["eval", *settings, "--json", "-n", "3", *words]) == 0
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 3
-    else:
-        assert "follows the reward's gradient" in fails(capsys, "eval", *settings, *words)
-
-
-def test_guided_evaluation_needs_a_model_and_guidance_words_only(run, capsys):
-    assert "give the folder of a run" in fails(capsys, "eval")
-    assert "trained with settings of its own" in fails(capsys, "eval", run, "algo.gamma=3")
-    assert "guidance=sdvv: no such guidance" in fails(capsys, "eval", run, "guidance=sdvv")
-    assert "num_candidates=0" in fails(capsys, "eval", run, "guidance=svdd", "guidance.num_candidates=0")
-    assert "an untrained policy does not know its label" in fails(
-        capsys, "eval", "env=emoji", "guidance=classifier_free"
+def test_learning_from_labels_takes_a_reward_that_gives_them(tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "class Classed:\n    num_classes = (2,)\n    def __call__(self, images, context): ...\n"
     )
-    assert "guidance asks for a label" in fails(capsys, "sample", run, "guidance=svdd", "--prompt=cat")
-    assert "nothing to choose from" in fails(
-        capsys, "eval", "env=gaussian_mixture", "env.eta=0", "guidance=svdd"
-    )
-
-
-def test_a_guided_evaluation_draws_no_more_at_once_than_it_may(run):
-    setup, policy, reward = restore(run, {"guidance": SMC(num_particles=3), "eval_batch": 7})
-    actor = setup.make_guided(policy, reward, 100)
-    assert (actor.env.num_envs, actor.env.group_size) == (6, 3)
-    assert restore(run, {"eval_batch": 7})[0].make_guided(policy, reward, 5).env.num_envs == 5
+    line = fails(capsys, "train", "algo=classifier_free", f"reward={mine}:Classed")
+    assert "classifier_free learns from labels, and" in line
+    assert "gives none" in line
 
 
 def test_a_run_without_training_is_its_evaluation_alone(tiny_path, tmp_path):

@@ -30,7 +30,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
                         f"{word}: {folder} was trained with settings of its own; give guidance=..."
                     )
             asked = config.load(guided)
-            overrides |= {"guidance": asked.guidance, "clip": asked.clip, "eval_batch": asked.eval_batch}
+            named = {word.partition("=")[0].partition(".")[0] for word in guided}
+            overrides |= {name: getattr(asked, name) for name in named}  # the run's own stay
         setup, policy, reward = restore(folder, overrides)
     policy.control_scale = options.control_scale
     return setup, policy, reward
