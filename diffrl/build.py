@@ -112,7 +112,8 @@ class Setup:
     def target_gamma(self) -> float:
         """Gamma of the law that is aimed at: the guidance's, else the algorithm's, else 1."""
         own = self.config.algo.target_gamma(math.prod(self.backbone.latent_shape))
-        return self.config.guidance.target_gamma or own or 1.0
+        aims = (self.config.guidance.target_gamma, own, 1.0)
+        return next(gamma for gamma in aims if gamma is not None)
 
     def seed(self, *stream: int) -> int:
         """Return a seed for each purpose, from the run's seed and `stream`."""
@@ -165,7 +166,9 @@ class Setup:
         if self.config.dataset is None:
             return None
         measures = getattr(self.config.reward, "measures", [])
-        entries, notes = datasets.read(Path(self.config.dataset), measures, self.num_classes())
+        # in a file a joint label has a number for each measure too
+        counts = (2,) * len(measures) if getattr(self.config.reward, "joint", False) else self.num_classes()
+        entries, notes = datasets.read(Path(self.config.dataset), measures, counts)
         for note in notes:
             console.print(f"dataset={self.config.dataset}: {note}")
         return entries
@@ -236,9 +239,10 @@ def check(config: Config) -> None:
         raise DiffRLError(
             f"algo={name} env.eta=0: without noise a step has no density and no KL. Use env.eta=1."
         )
-    if config.algo.needs_labels and not config.reward.num_classes:
+    labels = is_learned(config.reward) or hasattr(config.reward, "draw_label")
+    if config.algo.needs_labels and not labels:
         raise DiffRLError(
-            f"algo={name} reward={reward}: {name} learns from labels, and {reward!r} has no classes. Use "
+            f"algo={name} reward={reward}: {name} learns from labels, and {reward!r} gives none. Use "
             "reward=compressibility."
         )
     check_choice("resume", config.resume, ("never", "auto"))

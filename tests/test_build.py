@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from PIL import Image
 
 from diffrl import config
 from diffrl.build import Setup
@@ -37,6 +38,14 @@ def test_no_stream_of_a_run_is_the_env_s_own():
         *(setup.seed(*stream) for stream in itertools.product(range(9), repeat=2)),
     }
     assert own_seed(3) not in {setup.seed(purpose) for purpose in range(100)}
+
+
+def test_a_data_set_s_joint_labels_are_a_number_for_each_measure(tiny_path, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,1;0\n")
+    words = ["reward=multitask", "reward.joint=true", f"dataset={tmp_path}", f"env.model={tiny_path}"]
+    (entry,) = Setup(config.load(words)).dataset.entries
+    assert entry.label == {"compressibility": 1, "colourfulness": 0}
 
 
 def test_prompts_with_labels_are_checked_against_the_reward_s_and_drawn_with_them(tiny_path, tmp_path):

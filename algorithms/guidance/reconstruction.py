@@ -45,7 +45,7 @@ class Reconstruction(Guidance):
     @property
     def target_gamma(self) -> float | None:
         """The scale."""
-        return self.scale or None
+        return self.scale
 
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
         """Return a draw from the shifted step."""

@@ -69,7 +69,7 @@ class SMC(Guidance):
     @property
     def target_gamma(self) -> float | None:
         """The exponent."""
-        return self.gamma or None
+        return self.gamma
 
     def begin(self, obs: Observation) -> None:
         """Weigh nothing yet."""

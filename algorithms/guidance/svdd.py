@@ -38,7 +38,12 @@ class SVDD(Guidance):
     @property
     def target_gamma(self) -> float | None:
         """The exponent; none where the best one is taken."""
-        return self.gamma or None if self.selection == "soft" else None
+        return self.gamma if self.selection == "soft" else None
+
+    @property
+    def choices(self) -> int:
+        """Candidates a step: one where the reward has no say, which is the policy's own draw."""
+        return 1 if self.target_gamma == 0 else self.num_candidates
 
     def begin(self, obs: Observation) -> None:
         """Forget the noise predicted for the last episode's candidates."""
@@ -51,12 +56,12 @@ class SVDD(Guidance):
         law = self.schedule.step(obs["latents"], eps, obs["timestep"])
         candidates, values, ahead = [], [], []
         is_last = self.next_observation(obs, obs["latents"]) is None
-        for _ in range(1 if is_last and not self.last else self.num_candidates):
+        for _ in range(1 if is_last and not self.last else self.choices):
             x = draw(law, generator)
             after = self.next_observation(obs, x)
             if after is not None:
                 ahead.append(self.policy.noise(after))
-            if self.num_candidates > 1:
+            if self.choices > 1:
                 values.append(self.reward(x) if after is None else self.value(after, ahead[-1]))
             candidates.append(x)
         kept = torch.zeros(len(obs["latents"]), dtype=torch.int64, device=eps.device)

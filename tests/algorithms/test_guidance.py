@@ -8,12 +8,14 @@ import torch
 from conftest import assert_close
 from mixture import ALPHA_BAR, ClosedFormPolicy, Linear, attach, run, state, target
 
+from diffrl import config
 from diffrl.algorithms.guidance.base import Unguided
 from diffrl.algorithms.guidance.mpgd import MPGD
 from diffrl.algorithms.guidance.reconstruction import Reconstruction
 from diffrl.algorithms.guidance.smc import SMC
 from diffrl.algorithms.guidance.svdd import SVDD
 from diffrl.backbones.gaussian_mixture import Mixture
+from diffrl.build import Setup
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy
@@ -81,6 +83,7 @@ class TestBias:
         MPGD(rho=0.0, step="normalised"),
         MPGD(start=0.5, stop=0.5),
         SVDD(1),
+        SVDD(4, gamma=0.0),
         SMC(1),
         SMC(4, gamma=0.0, ess_threshold=1.0),
         SMC(4, gamma=0.0, ess_threshold=1.0, twisted=True),
@@ -159,6 +162,13 @@ def law_of(actor, observation):
     actor.env.reset(seed=0, options={"label": observation["label"]})
     actor.begin(observation)
     return actor.act(observation, torch.Generator().manual_seed(0)).distribution
+
+
+@pytest.mark.parametrize("guidance", [SVDD(gamma=0.0), SMC(gamma=0.0), Reconstruction(scale=0.0)], ids=repr)
+def test_without_strength_it_aims_at_the_pretrained_law(guidance):
+    setup = Setup(config.load(["env=gaussian_mixture"]))
+    setup.config.guidance = guidance
+    assert setup.target_gamma == 0
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.1])
