@@ -34,8 +34,9 @@ class ClassifierFree(DenoisingFit):
     One update is a round of `batch_size` labelled pictures, fitted `epochs` times; `updates=1` is a data
     set of that size. Neither a reward's gradient nor a classifier is used.
 
-    Differs from CTRL's baseline, which trains the whole U-Net without a null label; `drop_label=0
-    drop_prompt=0` leaves nothing out, as it does.
+    Differs from CTRL's baseline, which trains the whole U-Net without a null label: `drop_label=0
+    drop_prompt=0` leaves nothing out, as it does, and `guidance=classifier_free guidance.published=true`
+    samples as it does (`+experiment=classifier_free_paper`).
     """
 
     updates: int = 8
@@ -70,7 +71,8 @@ class ClassifierFree(DenoisingFit):
         drawn = rollout(env, Pretrained(policy), generator)
         reward = cast(LabelledReward, env.reward)  # `needs_labels` has been checked
         label = reward.draw_label(drawn.images, generator).to(drawn.images.device)
-        return replace(drawn, context=replace(drawn.context, label=label))
+        context = replace(drawn.context, label=label)
+        return replace(drawn, context=context, reward=reward(drawn.images, context))
 
     def _read(self, env: DenoisingVectorEnv, dataset: Pictures, generator: torch.Generator) -> Trajectory:
         """Return triplets (x_0, c, y) of a data set as episodes of no step; no prompt is the empty one."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from diffrl.algorithms.guidance.base import Guidance, check_strength
+from diffrl.errors import DiffRLError
 from diffrl.types import NO_LABEL, ActorStep, Observation, draw
 
 
@@ -20,22 +22,40 @@ class ClassifierFreeGuidance(Guidance):
     With that at scale w, it is the three-way e(0, 0) + w (e(c, 0) - e(0, 0)) + w s (e(c, y) - e(c, 0)). For
     a policy that knows its label: `algo=classifier_free`, or any other. Above 1 the law is sharper than
     p(x|c, y), and no power of it.
+
+    `published` is e(0, y) + w (e(c, y) - e(0, y)), as the baseline of CTRL (arXiv:2406.12120) samples: its
+    model has no null label.
     """
 
     scale: float = 2.0  # s; 1 is the policy itself
+    published: bool = False  # CTRL's baseline: the label in the empty prompt's half too, so no s of its own
 
     needs_gradient: ClassVar[bool] = False
     needs_training: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_strength("scale", self.scale)
+        if self.published and self.scale != 1:
+            raise DiffRLError(
+                f"guidance.published=true guidance.scale={self.scale}: with the label in both halves "
+                "nothing is without it to lead away from; use guidance.scale=1."
+            )
 
     @torch.no_grad()
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
         """Return a draw from the guided step."""
-        eps = self.policy.noise(obs)
+        eps = self._of_both_halves(obs) if self.published else self.policy.noise(obs)
         if self.scale != 1.0:
             without = self.policy.noise({**obs, "label": torch.full_like(obs["label"], NO_LABEL)})
             eps = without + self.scale * (eps - without)
         law = self.schedule.step(obs["latents"], eps, obs["timestep"])
         return ActorStep(draw(law, generator), law)
+
+    def _of_both_halves(self, obs: Observation) -> Tensor:
+        """Return e(0, y) + w (e(c, y) - e(0, y)): w acts on the prompt alone, and y has weight 1."""
+        policy, x_t, timestep, label = self.policy, obs["latents"], obs["timestep"], obs["label"]
+        eps = policy.eps(x_t, timestep, obs["prompt_embeds"], label)
+        if policy.guidance_scale == 1.0:
+            return eps
+        without = policy.eps(x_t, timestep, policy.null_embeds.expand_as(obs["prompt_embeds"]), label)
+        return without + policy.guidance_scale * (eps - without)

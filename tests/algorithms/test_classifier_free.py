@@ -24,11 +24,19 @@ from diffrl.types import NO_LABEL
 REPORT = FitReport(0, 0, 0.0, 0.0, 0.0, 0.0, 1.0, ())
 
 
-class SignEnv(ToyEnv):
-    """The true label of a point is whether it is positive, whatever the env asked for."""
+class Sign:
+    """The true label of a point is whether it is positive; as a reward it is what is asked for."""
 
+    def draw_label(self, images, generator):
+        return (images.flatten(1)[:, :1] > 0).long()
+
+    def __call__(self, images, context):
+        return context.label[:, 0].double()
+
+
+class SignEnv(ToyEnv):
     dataset = None
-    reward = SimpleNamespace(draw_label=lambda images, generator: (images.flatten(1)[:, :1] > 0).long())
+    reward = Sign()
 
 
 class NullPromptPolicy(ToyPolicy):
@@ -46,6 +54,15 @@ def test_pictures_are_the_pretrained_models_and_labels_their_own():
     _, batch = collected()
     assert batch.latents[-1].mean().abs() < 0.5
     assert torch.equal(batch.context.label, (batch.images.flatten(1)[:, :1] > 0).long())
+    assert torch.equal(batch.reward, batch.context.label[:, 0].double())  # under the label that is learnt
+
+
+def test_what_is_kept_of_an_episode_holds_nothing_else():
+    _, batch = collected()
+    kept = batch.result()
+    assert torch.equal(kept.latents[-1], batch.latents[-1])
+    assert kept.latents.untyped_storage().nbytes() == kept.latents.nbytes < batch.latents.nbytes
+    assert kept.images.untyped_storage().nbytes() == 0
 
 
 def test_labels_and_prompts_are_left_out_in_their_shares_independently():
@@ -176,6 +193,23 @@ class TestGuidance:
             observation["latents"], torch.full((5, 1, 1, 1), 5.0).double(), observation["timestep"]
         )
         assert_close(law_of(actor, observation).mean, expected.mean, atol=1e-9)
+
+    def test_the_published_one_gives_the_label_to_both_halves(self):
+        """eps = 10 y + c, the empty prompt's c is 7: 10 y + 7 + 3 (1 - 7), the label at weight 1."""
+        observation = state()
+        observation["label"][:] = 1
+        observation["prompt_embeds"][:] = 1
+        actor, _ = attach(ClassifierFreeGuidance(scale=1.0, published=True), 5)
+        actor.policy.guidance_scale, actor.policy.null_embeds = 3.0, torch.full((1, 1, 1), 7.0)
+        actor.policy.eps = lambda x_t, timestep, c, y: 10.0 * y.double().view(-1, 1, 1, 1) + c[..., None]
+        expected = actor.schedule.step(
+            observation["latents"], torch.full((5, 1, 1, 1), -1.0).double(), observation["timestep"]
+        )
+        assert_close(law_of(actor, observation).mean, expected.mean, atol=1e-9)
+
+    def test_the_published_one_has_no_scale_of_the_label_s(self):
+        with pytest.raises(DiffRLError, match=r"guidance.published=true guidance.scale=2.0"):
+            ClassifierFreeGuidance(published=True)
 
 
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"drop_label": 1.0}, {"drop_prompt": -0.1}])

@@ -77,6 +77,15 @@ def test_alignprop():
     assert_close(gradient, (2 * (x_0 - 1)).mean() * path_slope(schedule, kept), atol=0, rtol=1e-5)
 
 
+def test_classifier_free_paper():
+    """2 E[theta - noise] on every picture, of which nothing is left out; sampled by the published form."""
+    settings = config.load(["+experiment=classifier_free_paper"])
+    algo = settings.algo
+    assert (algo.drop_label, algo.drop_prompt, algo.batch_size * algo.updates) == (0, 0, 10_240)
+    assert (settings.guidance.published, settings.guidance.scale, settings.env.eta) == (True, 1.0, 0.0)
+    assert not algo.draw_left_out(1000).any()
+
+
 def test_ctrl_paper():
     """The same with a cut at every step anew, and the KL of the kept steps, 2 theta kappa / gamma each."""
     algo = algorithm("ctrl_paper")
@@ -90,7 +99,15 @@ def test_ctrl_paper():
 
 
 @pytest.mark.parametrize(
-    "preset", ["ddpo_pytorch", "rwr_paper", "rwr_sparse_paper", "alignprop", "ctrl_paper"]
+    "preset",
+    [
+        "ddpo_pytorch",
+        "rwr_paper",
+        "rwr_sparse_paper",
+        "alignprop",
+        "ctrl_paper",
+        "classifier_free_paper",
+    ],
 )
 def test_every_preset_is_complete_and_for_sd15(preset):
     settings = config.load([f"+experiment={preset}"])
