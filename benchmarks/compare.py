@@ -96,7 +96,8 @@ def compare(
 
 def read(folder: Path) -> list[Record]:
     """Return the records of a suite's finished cells."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{_CELL_FILE}"))]
+    records = map(_record, sorted(folder.glob(f"*/{_CELL_FILE}")))
+    return [record for record in records if record]
 
 
 def _best(row: str, suite: Suite, trials: list[Record], folder: Path) -> str:
@@ -220,6 +221,9 @@ def _settings(cell: Cell, folder: Path) -> config.Config:
     """Return what a cell trains with; mistakes of settings that contradict each other show here."""
     settings = config.load(cell.words)
     settings.root, settings.name, settings.resume = str(folder), cell.name, "auto"
+    settings.dataset_workers = (
+        0  # a cell dies with the suite, as a daemon, and so has no children of its own
+    )
     check(settings)
     check_new(settings)
     return settings
@@ -263,18 +267,27 @@ def _drop_other(folder: Path, settings: config.Config) -> None:
 def points_of(trained: Path) -> Iterator[dict[str, Any]]:
     """Yield what a run's evaluations measured, with what had been spent on training by then."""
     for line in (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        metrics = json.loads(line)
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # cut off: the run was killed as it wrote it, or is writing it now
+            return
         if any(name.startswith(("eval/", "exact/", "sampled/")) for name in metrics):
             yield metrics
 
 
-def _finished(cell: Cell, folder: Path, wanted: config.Config) -> Record | None:
-    """Return the record of a cell that has run to its end; None if not, or if its record is cut short."""
+def _record(path: Path) -> Record | None:
+    """Return the record in a file; None if there is none, or it is cut short."""
     try:
-        record = json.loads((folder / cell.name / _CELL_FILE).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return _ours(record, wanted, f"{folder / cell.name}: a finished run", "--root, or delete it")
+
+
+def _finished(cell: Cell, folder: Path, wanted: config.Config) -> Record | None:
+    """Return the record of a cell that has run to its end; None if not, or if its record is cut short."""
+    record = _record(folder / cell.name / _CELL_FILE)
+    where = f"{folder / cell.name}: a finished run"
+    return _ours(record, wanted, where, "--root, or delete it") if record else None
 
 
 def _known(cell: Cell, earlier: Sequence[Record], wanted: config.Config) -> Record | None:

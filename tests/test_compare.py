@@ -61,6 +61,19 @@ def test_a_cell_records_what_its_numbers_depend_on(done):
     assert {"version", "commit", "torch", "python", "hardware", "minutes"} <= cell.keys()
 
 
+def test_a_record_that_is_cut_short_is_none(tmp_path):
+    for name, text in (("whole", '{"row": "a"}'), ("cut", '{"row": "')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / compare._CELL_FILE).write_text(text)
+    assert compare.read(tmp_path) == [{"row": "a"}]
+
+
+def test_a_cell_reads_its_pictures_itself(tmp_path):
+    """It is a daemon, which may have no children."""
+    cell = suites.Cell("ctrl", 0, [*SETTINGS, "algo=ctrl", "seed=0", "dataset_workers=4"])
+    assert compare._settings(cell, tmp_path).dataset_workers == 0
+
+
 def test_only_what_is_not_done_is_run_again(done, monkeypatch, capsys):
     monkeypatch.setenv("DIFFRL_CACHE", str(done.parent / "cache"))
     cells = done.parent / "cells" / "mine"
