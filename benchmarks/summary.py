@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import scipy.stats
 from rich import box
 from rich.table import Table
@@ -23,8 +24,10 @@ _LEVEL = 0.95
 def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one record a row: of every measure of the last evaluation the mean over seeds.
 
-    `<measure>_ci95` is half the width of Student's 95% interval of that mean, null with one seed;
-    `<measure>_max` the largest of the seeds. Of seconds it is the fewest; see `_over_seeds`.
+    `<measure>_ci95` is half the width of Student's 95% interval of that mean, `<measure>_max` the largest
+    of the seeds. With one seed it is null, but for accuracy and each class's own: there it is that of the
+    pictures, by bootstrap. Of seconds it is the fewest; see `_over_seeds`. A list's numbers are
+    `<measure>/0` and so on.
     """
     rows = []
     for row in dict.fromkeys(record["row"] for record in records):
@@ -41,6 +44,8 @@ def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
             for name, values in _columns([record["points"][-1] for record in finished]).items():
                 mean, half = _over_seeds(name, values)
                 summary |= {name: mean, f"{name}_ci95": half, f"{name}_max": max(values)}
+            if len(finished) == 1:
+                summary |= _of_pictures(finished[0]["points"][-1].get("eval/confusion"))
         rows.append(summary)
     return rows
 
@@ -69,8 +74,35 @@ def _over_seeds(name: str, values: list[float]) -> tuple[float, float | None]:
 
 def _columns(points: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Return the numbers that all of the points have, by name."""
+    points = [point | _spread(point) for point in points]
     shared = [n for n, v in points[0].items() if all(isinstance(p.get(n), int | float) for p in points)]
     return {name: [point[name] for point in points] for name in shared}
+
+
+def _spread(point: dict[str, Any]) -> dict[str, Any]:
+    """Return each number of a point's lists under a name of its own."""
+    lists = {name: values for name, values in point.items() if isinstance(values, list)}
+    return {f"{name}/{n}": value for name, values in lists.items() for n, value in enumerate(values)}
+
+
+def _of_pictures(confusion: list[list[int]] | None) -> dict[str, float]:
+    """Return the intervals of one evaluation's accuracies, from its counts (asked, true)."""
+    shares = {
+        f"eval/per_class/{y}": np.arange(sum(row)) < row[y]
+        for y, row in enumerate(confusion or [])
+        if any(row)
+    }
+    if shares:
+        shares["eval/accuracy"] = np.concatenate(list(shares.values()))
+    return {f"{name}_ci95": _bootstrap(hits) for name, hits in shares.items()}
+
+
+def _bootstrap(hits: np.ndarray) -> float:
+    """Return half the width of the 95% interval of a share over pictures."""
+    found = scipy.stats.bootstrap(
+        (hits,), np.mean, confidence_level=_LEVEL, method="percentile", random_state=0
+    ).confidence_interval
+    return float(found.high - found.low) / 2
 
 
 def table(suite: Suite, rows: list[dict[str, Any]]) -> Table:
@@ -156,7 +188,8 @@ def report(
     """
     rows = store(name, suite, records, trials, out)
     # a null, or a sentence that says what is not installed, is a measure too: it shows as "-"
-    known = {measure for record in records for measure in record.get("points", [{}])[-1]}
+    last = [record["points"][-1] for record in records if "points" in record]
+    known = {measure for point in last for measure in point | _spread(point)}
     if any(row["n_seeds"] for row in rows):
         for measures in (*suite.columns.values(), *suite.curve.values()):
             if not known & set(several(measures)):

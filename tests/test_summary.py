@@ -27,6 +27,16 @@ def test_a_row_is_the_mean_over_seeds_of_the_last_evaluation():
     assert "l" not in row
 
 
+def test_one_seed_has_the_interval_of_its_pictures_and_each_class_is_a_measure():
+    point = {"eval/accuracy": 0.75, "eval/per_class": [0.5, 1.0], "eval/confusion": [[50, 50], [0, 100]]}
+    (row,) = summary.summarise("s", [{"row": "a", "seed": 0, "minutes": 1.0, "points": [point]}])
+    assert (row["eval/per_class/0"], row["eval/per_class/1"]) == (0.5, 1.0)
+    # 1.96 sqrt(p (1 - p) / n); on a grid of 1/n
+    assert_close(row["eval/per_class/0_ci95"], 1.96 * 0.05, atol=0.006)
+    assert_close(row["eval/accuracy_ci95"], 1.96 * math.sqrt(0.75 * 0.25 / 200), atol=0.003)
+    assert row["eval/per_class/1_ci95"] == 0
+
+
 def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them():
     def cell(seed, reward, *seconds):
         points = [{"reward": reward, "spent/seconds": s, "spent/pictures": 8.0 * s} for s in seconds]
