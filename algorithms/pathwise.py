@@ -48,20 +48,25 @@ class Pathwise(Algorithm):
         check_choice("algo.kl_reduction", self.kl_reduction, ("sum", "mean"))
         if self.kl_steps is not None and self.kl_steps < 1:
             raise DiffRLError(f"algo.kl_steps={self.kl_steps}: must be 1 or more, or null for all.")
-        if self.kl_weight and self.kl_steps is not None and self.truncation.chances(1) is None:
-            raise DiffRLError(
-                f"algo.kl_steps={self.kl_steps} algo.truncation.kind={self.truncation.kind}: a KL from "
-                "some steps needs each one's chance of being kept, and here K is random. Use "
-                "algo.kl_steps=null, or algo.truncation.kind=fixed, last or subset."
-            )
+        if self.kl_weight and self.kl_steps is not None:
+            self._check_chances()
+        self.budget = KLBudget(self.kl_budget, self.kl_weight)
+
+    def _check_chances(self) -> None:
+        """Raise DiffRLError where a KL from some of the steps would be another than that of all."""
         path, kind = self.truncation.path, self.truncation.kind
-        if self.kl_weight and self.kl_steps is not None and path == "network" and kind == "subset":
+        if self.truncation.chances(1) is None:
+            raise DiffRLError(
+                f"algo.kl_steps={self.kl_steps} algo.truncation.kind={kind}: a KL from some steps needs "
+                "each one's chance of being kept, and here K is random. Use algo.kl_steps=null, or "
+                "algo.truncation.kind=fixed, last or subset."
+            )
+        if path == "network" and kind == "subset":
             raise DiffRLError(
                 f"algo.truncation.path={path} algo.truncation.kind={kind}: a kept step's KL would count "
                 "one over its chance, its reward through the chain once, and the KL weigh too much. "
                 "Use algo.truncation.kind=fixed, or as CTRL's code algo.kl_steps=null and kind=uniform."
             )
-        self.budget = KLBudget(self.kl_budget, self.kl_weight)
 
     @property
     @abstractmethod
