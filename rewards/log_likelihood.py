@@ -104,9 +104,7 @@ class Attribute(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """Return what is not a tensor."""
-        features = next(
-            name for name, kind in FEATURES.items() if isinstance(self.classifier.features, kind)
-        )
+        features = next(name for name, kind in FEATURES.items() if type(self.classifier.features) is kind)
         facts = {
             "measure": self.name,
             "num_classes": self.classifier.num_classes,
@@ -199,7 +197,7 @@ class LogLikelihood(nn.Module):
         mean of log Z(c), and still an upper bound of the objective averaged over prompts. The estimate is
         on average below it, by Jensen again, and far below where few pictures have all the weight
         (`log_z_ess`). Z is of the model, steps and prompts that drew the pictures the classifier was held
-        against.
+        against: no bound of others' objective.
         """
         weight = self._log_weights(gamma)
         return None if weight is None else weight.logsumexp(0) - math.log(len(weight))

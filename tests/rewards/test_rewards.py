@@ -184,8 +184,8 @@ class TestFit:
 
 
 class TestLogLikelihood:
-    def reward(self):
-        return Compressibility(num_classes=3).fit(pictures(), 0, from_pretrained=True)
+    def reward(self, features="dct"):
+        return Compressibility(num_classes=3, features=features).fit(pictures(), 0, from_pretrained=True)
 
     def test_it_is_the_log_softmax_of_the_label(self):
         reward, images = self.reward(), pictures(6)
@@ -254,8 +254,9 @@ class TestLogLikelihood:
         attribute.classifier.head[-1].weight.fill_(0)
         assert reward.true_class(images)[:, 0].tolist() == expected.tolist()
 
-    def test_saving_and_loading_gives_the_same_reward(self, tmp_path):
-        reward, images = self.reward(), pictures(6)
+    @pytest.mark.parametrize("features", ["dct", "fine_dct", "cnn"])
+    def test_saving_and_loading_gives_the_same_reward(self, tmp_path, features):
+        reward, images = self.reward(features), pictures(6)
         reward.ceiling = 0.5
         reward.save(tmp_path / "c.safetensors")
         loaded = LogLikelihood.load(tmp_path / "c.safetensors")
