@@ -3,6 +3,7 @@
 Names are converted by diffusers; the networks' configs are built in, so that nothing is looked up.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ def read_file(model: str, path: Path) -> tuple[dict[str, nn.Module], Configs]:
     if (first := weights.get(_DENOISER + "input_blocks.0.0.weight")) is not None:
         default["unet"] = {**default["unet"], "in_channels": first.shape[1]}  # not 4: refused by its name
     configs = read_configs(model, path.parent, default)
+    if second and configs["scheduler"] is SD_V2["scheduler"]:
+        warnings.warn(
+            f"env.model={model}: read as Stable Diffusion 2.x of 768 px, which predicts v. A base model, of "
+            "512 px, predicts noise, and the weights do not tell: put unet/config.json and "
+            "scheduler/scheduler_config.json beside the file, or give the folder of the diffusers layout.",
+            stacklevel=2,
+        )
     networks: dict[str, nn.Module] = {}
     for part in NETWORKS:
         with init_empty_weights(include_buffers=False):
