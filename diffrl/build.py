@@ -115,6 +115,15 @@ class Setup:
         aims = (self.config.guidance.target_gamma, own, 1.0)
         return next(gamma for gamma in aims if gamma is not None)
 
+    @property
+    def z_known(self) -> bool:
+        """Whether a learned reward's log Z is of the model, steps and prompts that are evaluated.
+
+        It is of the pictures that the classifier was held against, which a file's were drawn elsewhere.
+        """
+        elsewhere = getattr(self.config.reward, "classifier", None)
+        return elsewhere is None and self.eval_prompts == self.prompts
+
     def seed(self, *stream: int) -> int:
         """Return a seed for each purpose, from the run's seed and `stream`."""
         return stream_seed(self.config.seed, *stream)

@@ -30,6 +30,7 @@ def evaluate(
     *,
     num_pictures: int,
     gamma: float,
+    z_known: bool = True,
     seed: int = 42,
     judge: PromptFidelity | None = None,
     clip: str | None = None,
@@ -39,8 +40,9 @@ def evaluate(
 
     Of any reward: its mean and standard deviation, KL in nats (null where a step has no density), the
     measures of `diffrl.quality`, prompt fidelity where there is a judge, cost. Of a control, with labels in
-    equal blocks, or each prompt's own where all prompts have one: what `_control` and `_optimality` return,
-    and the accuracy that the classifier claims, its mean p(y|x). Of a `stand_in` that was trained on in the
+    equal blocks, or each prompt's own where all prompts have one: what `_control` and `_optimality` return
+    (`z_known`: the reward's Z is of this env's model and prompts), and the accuracy that the classifier
+    claims, its mean p(y|x). Of a `stand_in` that was trained on in the
     reward's place, the mean that it claims. Noise and prompts come from `seed` alone: an evaluation neither
     reads nor moves a generator of training.
     """
@@ -82,7 +84,8 @@ def evaluate(
         measures["mean_logp"] = float(reward.mean())
         measures["claimed_accuracy"] = float(reward.exp().mean())
         if kl:
-            measures |= _optimality(env.reward, target, gamma * reward - torch.cat(kl), gamma)
+            objective = gamma * reward - torch.cat(kl)
+            measures |= _optimality(env.reward, target, objective, gamma if z_known else None)
     if claimed:
         measures["claimed_reward"] = float(torch.cat(claimed).mean())
     if judge is not None:
@@ -133,14 +136,18 @@ def _index(label: Tensor, num_classes: tuple[int, ...]) -> Tensor:
     return index
 
 
-def _optimality(reward: LogLikelihood, target: Tensor, objective: Tensor, gamma: float) -> dict[str, Any]:
+def _optimality(
+    reward: LogLikelihood, target: Tensor, objective: Tensor, gamma: float | None
+) -> dict[str, Any]:
     """Return J = gamma log p - KL and the gap log Z - J of each label, nats; and the ESS of log Z.
 
-    Null where Z is unknown, and of a label that no picture was asked to have.
+    Null where Z is unknown, as without a gamma, and of a label that no picture was asked to have.
     """
     asked = [objective[(target == label).all(1)] for label in every_label(reward.num_classes)]
     own = [float(part.mean()) if len(part) else None for part in asked]
-    log_z, ess = reward.log_z(gamma), reward.log_z_ess(gamma)
+    log_z = ess = None
+    if gamma is not None:
+        log_z, ess = reward.log_z(gamma), reward.log_z_ess(gamma)
     if log_z is None or ess is None:
         return {"objective": own, "log_z": None, "log_z_ess": None, "gap": None}
     gap = [None if j is None else z - j for z, j in zip(log_z.tolist(), own, strict=True)]

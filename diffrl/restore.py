@@ -41,6 +41,7 @@ def measure(
         actor,
         num_pictures=num_pictures,
         gamma=gamma,
+        z_known=setup.z_known,
         seed=seed,
         judge=judge,
         clip=clip,

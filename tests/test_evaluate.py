@@ -64,6 +64,7 @@ def test_prompts_with_labels_are_evaluated_under_their_own(tiny_path, tmp_path, 
     assert main(["eval", run, "-n", "6", "--prompts", "simple_animals", "--json"]) == 0
     measures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [sum(row) for row in measures["confusion"]] == [3, 3]
+    assert measures["log_z"] is measures["gap"] is None  # Z is of the prompts that were trained on
 
 
 def test_two_controls_are_trained_measured_and_asked_for(tiny_path, tmp_path, capsys):
