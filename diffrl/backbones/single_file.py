@@ -62,9 +62,9 @@ def read_file(model: str, path: Path) -> tuple[dict[str, nn.Module], Configs]:
     configs = read_configs(model, path.parent, default)
     if second and configs["scheduler"] is SD_V2["scheduler"]:
         warnings.warn(
-            f"env.model={model}: read as Stable Diffusion 2.x of 768 px, which predicts v. A base model, of "
-            "512 px, predicts noise, and the weights do not tell: put unet/config.json and "
-            "scheduler/scheduler_config.json beside the file, or give the folder of the diffusers layout.",
+            f"env.model={model}: read as Stable Diffusion 2.x of 768 px, which predicts v. A base model, "
+            "of 512 px, predicts noise, and the weights do not tell: put unet/config.json and "
+            "scheduler/scheduler_config.json beside it, or give the folder of the diffusers layout.",
             stacklevel=2,
         )
     networks: dict[str, nn.Module] = {}
