@@ -30,6 +30,7 @@ _QUESTION = (
     "How well does this picture show '{prompt}'? Answer with one number alone, from 0 (not at all) to 10 "
     "(perfectly)."
 )
+_ALONE = "Answer with the number alone, from 0 to 10."
 
 
 @dataclass
@@ -85,11 +86,14 @@ class VLM:
 
     def _mark(self, number: int, picture: np.ndarray, prompt: str, headers: dict[str, str]) -> float:
         url = f"{self.base_url.rstrip('/')}/chat/completions"
-        request = Request(url, json.dumps(self._body(picture, prompt)).encode(), headers)
+        body = self._body(picture, prompt)
         for attempt in range(1, self.attempts + 1):
+            answer = None
             try:
+                request = Request(url, json.dumps(body).encode(), headers)
                 with urlopen(request, timeout=self.timeout) as response:
-                    return read_mark(json.load(response)["choices"][0]["message"]["content"])
+                    answer = json.load(response)["choices"][0]["message"]["content"]
+                return read_mark(answer)
             except HTTPError as error:
                 reason = f"HTTP {error.code}: "
                 with suppress(OSError, HTTPException):
@@ -98,6 +102,11 @@ class VLM:
                     break
             except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 reason = f"{type(error).__name__}: {error}"
+            if isinstance(
+                answer, str
+            ):  # asked the same again, a model at temperature 0 says the same again
+                said = {"role": "assistant", "content": answer}
+                body["messages"] += [said, {"role": "user", "content": _ALONE}]
             if attempt < self.attempts:
                 time.sleep(self.backoff * 2 ** (attempt - 1))
         raise DiffRLError(

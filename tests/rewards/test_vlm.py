@@ -140,6 +140,17 @@ def test_an_answer_without_one_mark_is_asked_for_again_then_named(server, answer
     assert len(server.bodies) == 2
 
 
+def test_after_an_answer_that_is_no_mark_it_is_asked_for_the_number_alone(server):
+    """A server at temperature 0, which says the same whenever it is asked the same."""
+    server.reply = lambda body, count: (200, "7" if len(body["messages"]) == 3 else "7: I see 2 cats.")
+    assert_close(reward(server, attempts=2)(pictures(), context("cat")), [7.0], atol=0)
+    first, second = server.bodies
+    question, answer, again = second["messages"]
+    assert [question] == first["messages"]
+    assert answer == {"role": "assistant", "content": "7: I see 2 cats."}
+    assert (again["role"], "number alone" in again["content"]) == ("user", True)
+
+
 def test_the_picture_that_fails_is_named_among_others(server):
     server.reply = lambda body, count: (400, b"") if "'dog'" in asked(body)[0] else (200, "5")
     with pytest.raises(DiffRLError, match=r"picture 2 \('dog'\)"):
