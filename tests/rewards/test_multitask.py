@@ -80,11 +80,12 @@ class TestJoint:
             assert attribute.report.accuracy > 0.85
             assert sorted(attribute.report.class_counts) == [80, 80]  # edges at the medians
             assert len(attribute.pretrained_log_prob) == 32
-        held_out = [
-            torch.cdist(a.pretrained_log_prob, a.classifier(pictures())).argmin(1)
-            for a in reward.attributes
-        ]
-        assert held_out[0].tolist() == held_out[1].tolist()  # or log Z would mix pictures
+        may_be = []  # pictures that a classifier says just that of, [32, 160]
+        for attribute in reward.attributes:
+            said = attribute.classifier(pictures())
+            may_be.append((attribute.pretrained_log_prob[:, None] - said).abs().amax(2) < 1e-5)
+        assert (may_be[0] & may_be[1]).any(1).all()  # or log Z would mix pictures
+        assert not (may_be[0] & may_be[1].roll(1, 0)).any(1).all()
         assert_close(reward.log_z(1.0).exp().sum(), 1.0, atol=1e-5)
 
     def test_log_z_by_hand(self):
