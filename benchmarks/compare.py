@@ -221,9 +221,7 @@ def _settings(cell: Cell, folder: Path) -> config.Config:
     """Return what a cell trains with; mistakes of settings that contradict each other show here."""
     settings = config.load(cell.words)
     settings.root, settings.name, settings.resume = str(folder), cell.name, "auto"
-    settings.dataset_workers = (
-        0  # a cell dies with the suite, as a daemon, and so has no children of its own
-    )
+    settings.dataset_workers = 0  # a cell is a daemon, to die with the suite, and may have no children
     check(settings)
     check_new(settings)
     return settings

@@ -145,9 +145,8 @@ def _optimality(
     """
     asked = [objective[(target == label).all(1)] for label in every_label(reward.num_classes)]
     own = [float(part.mean()) if len(part) else None for part in asked]
-    log_z = ess = None
-    if gamma is not None:
-        log_z, ess = reward.log_z(gamma), reward.log_z_ess(gamma)
+    log_z = None if gamma is None else reward.log_z(gamma)
+    ess = None if gamma is None else reward.log_z_ess(gamma)
     if log_z is None or ess is None:
         return {"objective": own, "log_z": None, "log_z_ess": None, "gap": None}
     gap = [None if j is None else z - j for z, j in zip(log_z.tolist(), own, strict=True)]

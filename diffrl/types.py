@@ -167,11 +167,8 @@ class Trajectory:
 
     def result(self) -> "Trajectory":
         """Return the same without what led to x_0, and without pictures: little enough to keep many."""
-        x_0, no_images = (
-            self.latents[-1:].clone(),
-            self.images[:, :0].clone(),
-        )  # a view would keep the whole
-        return replace(self, latents=x_0, images=no_images, log_prob=None, kl=None)
+        x_0, none = self.latents[-1:].clone(), self.images[:, :0].clone()  # a view would keep the whole
+        return replace(self, latents=x_0, images=none, log_prob=None, kl=None)
 
     @staticmethod
     def cat(parts: Sequence["Trajectory"]) -> "Trajectory":

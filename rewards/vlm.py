@@ -102,9 +102,8 @@ class VLM:
                     break
             except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 reason = f"{type(error).__name__}: {error}"
-            if isinstance(
-                answer, str
-            ):  # asked the same again, a model at temperature 0 says the same again
+            if isinstance(answer, str):
+                # asked the same, a model at temperature 0 says the same
                 said = {"role": "assistant", "content": answer}
                 body["messages"] += [said, {"role": "user", "content": _ALONE}]
             if attempt < self.attempts:
