@@ -16,9 +16,18 @@ from PIL import Image
 from diffrl import __version__
 from diffrl.benchmarks.compare import points_of
 from diffrl.benchmarks.suites import Cell, Suite
-from diffrl.benchmarks.summary import SPENT, as_text, curves, first_of, over_training, several, summarise
+from diffrl.benchmarks.summary import (
+    SPENT,
+    as_text,
+    curves,
+    first_of,
+    over_setting,
+    over_training,
+    several,
+    summarise,
+)
 from diffrl.errors import DiffRLError
-from diffrl.plot import frontier_svg, learning_svg, training_svg
+from diffrl.plot import frontier_svg, learning_svg, sweep_svg, training_svg
 from diffrl.restore import CONFIG_FILE, settings_of
 from diffrl.settings_file import command
 
@@ -134,7 +143,16 @@ def _figures(
     suite: Suite, records: list[dict[str, Any]], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     figures = []
-    if suite.curve and (panels := curves(suite, records)):
+    for heading in suite.against:
+        if panels := over_setting(suite, rows):
+            figures.append(
+                {
+                    "title": f"Against {heading}",
+                    "svg": Markup(sweep_svg(panels, heading)),
+                    "caption": "Mean over seeds at the end of training, with its 95% interval.",
+                }
+            )
+    if suite.curve and not suite.against and (panels := curves(suite, records)):
         (name,) = suite.curve
         figures.append(
             {

@@ -26,7 +26,10 @@ class Suite:
     columns: dict[str, Any]  # measures of the table, by heading; of a list, the first that a row has
     settings: list[str] = field(default_factory=list)  # words of every row
     seeds: int = 3  # 0, 1, ...
-    curve: dict[str, str] = field(default_factory=dict)  # the one measure that is drawn, by its name
+    curve: dict[str, Any] = field(default_factory=dict)  # the one measure that is drawn, by its name
+    # over a setting instead of what was spent: {its heading: {line: setting}}; the rows that begin with a
+    # line's name are its points, and several measures may be drawn
+    against: dict[str, dict[str, str]] = field(default_factory=dict)
     # a setting's values to try first, by row: {row: {setting: [values]}}; each trial is a run with seed 0
     tune: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     tune_settings: list[str] = field(default_factory=list)  # words of every trial besides
@@ -34,7 +37,7 @@ class Suite:
     quick: dict[str, list[str]] = field(default_factory=dict)  # words of a row with --quick; `all` of each
 
     def __post_init__(self) -> None:
-        kinds = dict.fromkeys(("rows", "columns", "curve", "tune", "quick"), dict)
+        kinds = dict.fromkeys(("rows", "columns", "curve", "against", "tune", "quick"), dict)
         for name, kind in {**kinds, "settings": list, "tune_settings": list}.items():
             if not isinstance(getattr(self, name), kind):
                 wanted = "a list of key=value words" if kind is list else "a mapping"
@@ -50,10 +53,38 @@ class Suite:
             values = list(grid.values()) if isinstance(grid, dict) else []
             if len(values) != 1 or not isinstance(values[0], list) or not values[0]:
                 raise DiffRLError(f"tune: {row}: {grid!r} is not one setting with a list of values.")
-        if len(self.curve) > 1:
+        if len(self.curve) > 1 and not self.against:
             raise DiffRLError(f"curve: {list(self.curve)} are {len(self.curve)} measures; give one.")
+        self.lines()
         if not isinstance(self.seeds, int) or self.seeds < 1:
             raise DiffRLError(f"seeds: {self.seeds!r} must be a whole number, 1 or more.")
+
+    def lines(self) -> dict[str, dict[str, float]]:
+        """Return of each line in `against` its rows, and what they give its setting.
+
+        Raises:
+            DiffRLError: not one heading, a line without a row, a row without a number.
+        """
+        if not self.against:
+            return {}
+        if len(self.against) > 1 or not all(isinstance(lines, dict) for lines in self.against.values()):
+            raise DiffRLError(f"against: {self.against!r} is not one heading with its lines.")
+        ((_, settings),) = self.against.items()
+        found = {}
+        for line, setting in settings.items():
+            rows = [row for row in self.rows if re.match(rf"{re.escape(line)}\b", row)]
+            if not rows:
+                raise DiffRLError(f"against: no row begins with {line!r}; the rows are {list(self.rows)}.")
+            found[line] = {row: self._number(row, setting) for row in rows}
+        return found
+
+    def _number(self, row: str, setting: str) -> float:
+        words = [word for word in (*self.settings, *self.rows[row]) if word.startswith(f"{setting}=")]
+        try:
+            return float(words[-1].partition("=")[2])
+        except (IndexError, ValueError):
+            said = words[-1] if words else f"no {setting}="
+            raise DiffRLError(f"against: {row}: {said} instead of a number for {setting}.") from None
 
     def candidates(self, row: str) -> list[str]:
         """Return the `key=value` words that a row is tuned over."""

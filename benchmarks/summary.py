@@ -15,7 +15,7 @@ from rich.table import Table
 
 from diffrl.benchmarks.suites import Suite
 from diffrl.errors import unknown
-from diffrl.plot import Line, learning
+from diffrl.plot import Line, learning, sweep
 
 SPENT = {"pictures drawn": "pictures", "network calls": "network_calls", "seconds": "seconds"}
 _LEVEL = 0.95
@@ -146,11 +146,12 @@ def as_text(number: float, scale: float) -> str:
 
 def curves(suite: Suite, records: list[dict[str, Any]]) -> dict[str, list[Line]]:
     """Return the suite's measure against what was spent, one panel a currency, one line a row."""
-    ((_, measure),) = suite.curve.items()
+    ((_, measures),) = suite.curve.items()
     panels: dict[str, list[Line]] = {}
     for heading, currency in SPENT.items():
         for row in suite.rows:
             runs = [r["points"] for r in records if r["row"] == row and "points" in r]
+            measure = first_of(measures, runs[0][-1]) if runs else ""
             numbers = [isinstance(point.get(measure), int | float) for points in runs for point in points]
             if not numbers or not all(numbers):
                 continue
@@ -162,6 +163,23 @@ def curves(suite: Suite, records: list[dict[str, Any]]) -> dict[str, list[Line]]
             spent = [_over_seeds(name, [point[name] for point in step])[0] for step in steps]
             band = [h or 0.0 for h in half]
             panels.setdefault(heading, []).append(Line(row, spent, list(middle), band))
+    return panels
+
+
+def over_setting(suite: Suite, rows: list[dict[str, Any]]) -> dict[str, list[Line]]:
+    """Return the suite's measures against the setting that its rows differ in, one panel a measure."""
+    by_name = {row["method"]: row for row in rows}
+    panels: dict[str, list[Line]] = {}
+    for title, measures in suite.curve.items():
+        for line, values in suite.lines().items():
+            points = []
+            for name, x in values.items():
+                row = by_name.get(name, {})
+                measure = first_of(measures, row)
+                if measure in row:
+                    points.append((x, row[measure], row[f"{measure}_ci95"] or 0.0))
+            if points:
+                panels.setdefault(title, []).append(Line(line, *zip(*sorted(points), strict=True)))
     return panels
 
 
@@ -194,7 +212,10 @@ def report(
         for measures in (*suite.columns.values(), *suite.curve.values()):
             if not known & set(several(measures)):
                 raise unknown("measure", several(measures)[0], [m for m in known if "/" in m])
-        if suite.curve and (panels := curves(suite, records)):
+        for heading in suite.against:
+            if panels := over_setting(suite, rows):
+                sweep(panels, heading).save(out / f"{name}.png")
+        if suite.curve and not suite.against and (panels := curves(suite, records)):
             learning(panels, next(iter(suite.curve))).save(out / f"{name}.png")
     return rows
 

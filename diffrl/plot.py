@@ -1,4 +1,4 @@
-"""Numbers as pictures, through matplotlib: laws as densities, learning as curves.
+"""Numbers as pictures, through matplotlib: laws as densities, learning and sweeps as curves.
 
 Shapes: n grid points.
 """
@@ -11,8 +11,10 @@ from typing import Any, TypeAlias
 import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from PIL import Image
 from torch import Tensor
 
@@ -51,7 +53,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Line:
-    """A measure against what it cost, with half the width of an interval; of equal length."""
+    """A measure against what it cost or a setting, with half the width of an interval; of equal length."""
 
     name: str
     x: Sequence[float]
@@ -117,6 +119,18 @@ def learning_svg(panels: Mapping[str, Sequence[Line]], measure: str) -> str:
         return _svg(_learning(panels, measure))
 
 
+def sweep(panels: Mapping[str, Sequence[Line]], setting: str) -> Image.Image:
+    """Return one panel a measure, `{measure: its lines}`, over a setting on a logarithmic scale."""
+    with matplotlib.rc_context(_STYLE):
+        return _picture(_sweep(panels, setting))
+
+
+def sweep_svg(panels: Mapping[str, Sequence[Line]], setting: str) -> str:
+    """Return the same as an SVG element whose text takes the page's colour."""
+    with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": setting}):
+        return _svg(_sweep(panels, setting))
+
+
 def frontier_svg(points: Mapping[str, tuple[float, float]], x_name: str, y_name: str) -> str:
     """Return named points, `{name: (x, y)}`, as an SVG element; x on a logarithmic scale from 1."""
     with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": x_name}):
@@ -132,15 +146,25 @@ def frontier_svg(points: Mapping[str, tuple[float, float]], x_name: str, y_name:
 
 
 def _training(panels: Panels, x_name: str, columns: int) -> Figure:
-    rows = -(-len(panels) // columns)
-    figure = _figure(columns, 0, rows)
-    every = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, (measure, (x, y)) in zip(every, panels.items(), strict=False):
+    figure, every = _grid(len(panels), columns, 0)
+    for axes, (measure, (x, y)) in zip(every, panels.items(), strict=True):
         axes.plot(x, y, marker="o", markersize=3)
         axes.set(title=measure, xlabel=x_name)
         axes.xaxis.set_major_formatter("{x:,.10g}")
-    for axes in every[len(panels) :]:
-        axes.remove()
+    return figure
+
+
+def _sweep(panels: Mapping[str, Sequence[Line]], setting: str) -> Figure:
+    columns = min(len(panels), 3)
+    figure, every = _grid(len(panels), columns, 1)
+    for axes, (measure, lines) in zip(every, panels.items(), strict=True):
+        _draw(axes, lines)
+        axes.set(title=measure, xlabel=setting)
+        axes.set_xscale("symlog", linthresh=1)  # a setting may be 0
+        values = sorted({x for line in lines for x in line.x})
+        axes.set_xticks(values, [f"{x:,.10g}" for x in values], rotation=30)
+        axes.xaxis.set_minor_locator(NullLocator())
+    _legend(figure, 4)
     return figure
 
 
@@ -149,15 +173,30 @@ def _learning(panels: Mapping[str, Sequence[Line]], measure: str) -> Figure:
     figure = _figure(len(panels), -(-count // 4))
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (currency, lines) in zip(every, panels.items(), strict=True):
-        for line in lines:
-            low, high = zip(*((y - b, y + b) for y, b in zip(line.y, line.band, strict=True)), strict=True)
-            (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=3, label=line.name)
-            axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.15, lw=0)
+        _draw(axes, lines)
         axes.set(xlabel=currency)
         axes.xaxis.set_major_formatter("{x:,.10g}")
     every[0].set(ylabel=measure)
     _legend(figure, 4)
     return figure
+
+
+def _draw(axes: Axes, lines: Sequence[Line]) -> None:
+    """Draw each line with its interval, in a colour of its own."""
+    for line in lines:
+        low, high = zip(*((y - b, y + b) for y, b in zip(line.y, line.band, strict=True)), strict=True)
+        (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=3, label=line.name)
+        axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.15, lw=0)
+
+
+def _grid(number: int, columns: int, legend_rows: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its panels, so many a row; the last row may be short."""
+    rows = -(-number // columns)
+    figure = _figure(columns, legend_rows, rows)
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in every[number:]:
+        axes.remove()
+    return figure, every[:number]
 
 
 def _figure(columns: int, legend_rows: int, rows: int = 1) -> Figure:

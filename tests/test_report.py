@@ -124,6 +124,20 @@ def test_a_run_has_a_curve_of_each_measure_and_the_command_that_made_it(tmp_path
     assert "diffrl train algo.gamma=7.0 seed=3" in html
 
 
+def test_a_suite_over_a_setting_has_a_panel_for_each_of_its_measures(suite, tmp_path):
+    stored = json.loads((suite / "mine.json").read_text())
+    stored["settings"]["rows"] |= {"ctrl": ["algo.gamma=3"], "pretrained": ["algo.gamma=0"]}
+    against = {"gamma": dict.fromkeys(["ctrl", "pretrained"], "algo.gamma")}
+    stored["settings"] |= {"curve": COLUMNS, "against": against}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(stored))
+    assert main(["report", str(path), "--out", str(tmp_path / "r.html")]) == 0
+    html = (tmp_path / "r.html").read_text()
+    assert "Against gamma" in html
+    assert html.count(">gamma</text>") == 2  # accuracy and KL, side by side
+    assert "Learning" not in html
+
+
 def test_what_is_no_result_is_named(suite, tmp_path, capsys):
     assert "neither a run nor a suite's result" in fails(capsys, "report", tmp_path / "nothing")
     broken = tmp_path / "broken.json"

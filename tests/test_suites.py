@@ -1,5 +1,7 @@
 """What a suite's file may say, and what is refused before anything runs."""
 
+import re
+
 import pytest
 import yaml
 from small_suite import COLUMNS, ROWS, words, write
@@ -27,6 +29,21 @@ def test_an_unknown_suite_names_the_known(capsys):
 def test_a_value_of_the_wrong_form_is_refused(tmp_path, parts):
     with pytest.raises(DiffRLError, match=r"mine.yaml: not a suite: (rows|columns|seeds): "):
         suites.load(str(write(tmp_path, **parts)))
+
+
+@pytest.mark.parametrize(
+    ("against", "said"),
+    [
+        ({"gamma": {"rwr": "algo.gamma"}}, "no row begins with 'rwr'; the rows are ['ctrl, gamma 1', "),
+        ({"gamma": {"ctrl": "algo.gamma"}}, "ctrl, gamma 1: no algo.gamma= instead of a number"),
+        ({"gamma": {"ctrl": "algo"}}, "ctrl, gamma 1: algo=ctrl instead of a number for algo."),
+        ({"gamma": {}, "steps": {}}, "is not one heading with its lines"),
+        ({"gamma": "algo.gamma"}, "is not one heading with its lines"),
+    ],
+)
+def test_a_sweep_that_has_no_axis_is_refused(tmp_path, against, said):
+    with pytest.raises(DiffRLError, match=re.escape(said)):
+        suites.load(str(write(tmp_path, against=against)))
 
 
 def test_a_base_gives_what_the_suite_has_not_itself(tmp_path):

@@ -58,6 +58,46 @@ def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them():
     assert summary.curves(suite, records)["seconds"][0].x == [10.0, 20.0]
 
 
+SWEEP = {
+    "rows": {
+        "b": ["algo.gamma=9"],
+        "ctrl, wide": ["algo.gamma=1", "algo.gamma=20"],
+        "ctrl, small": ["algo.gamma=3"],
+        "ctrl, not yet": ["algo.gamma=5"],
+        "b, sparse": [],
+    },
+    "settings": ["algo.gamma=7"],
+    "columns": {"r": "m"},
+    "curve": {"r": "m", "s": ["missing", "n"]},
+    "against": {"gamma": {"ctrl": "algo.gamma", "b": "algo.gamma"}},
+}
+
+
+def test_a_setting_that_the_rows_differ_in_is_the_axis_in_its_order():
+    done = ("ctrl, wide", "ctrl, small", "b")
+    rows = [
+        {"method": row, "m": float(at), "m_ci95": None, "n": 9.0, "n_ci95": 0.5}
+        for at, row in enumerate(done)
+    ]
+    panels = summary.over_setting(suites.Suite(**SWEEP), rows)
+    assert {title: [line.name for line in lines] for title, lines in panels.items()} == {
+        "r": ["ctrl", "b"],
+        "s": ["ctrl", "b"],
+    }
+    ctrl, b = panels["r"]
+    assert (ctrl.x, ctrl.y, ctrl.band) == ((3.0, 20.0), (1.0, 0.0), (0.0, 0.0))
+    assert (b.x, b.y) == ((9.0,), (2.0,))  # the last word said counts
+    assert panels["s"][0].band == (0.5, 0.5)
+    assert suites.Suite(**SWEEP).lines()["b"] == {"b": 9.0, "b, sparse": 7.0}  # of the settings of all
+
+
+def test_a_sweep_is_a_picture_beside_its_numbers(tmp_path):
+    point = {"m": 1.0, "n": 2.0, "spent/pictures": 1.0}
+    cell = {"row": "b", "seed": 0, "minutes": 1.0, "points": [point]}
+    summary.report("s", suites.Suite(**SWEEP), [cell], [], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.png"]
+
+
 def test_a_record_has_the_bare_names_of_an_evaluation():
     row = {"suite": "s", "n_seeds": 3, "eval/accuracy": 0.5, "eval/accuracy_ci95": 0.1, "exact/tv": 0.2}
     names = ["suite", "n_seeds", "accuracy", "accuracy_ci95", "exact/tv"]
