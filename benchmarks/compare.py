@@ -25,7 +25,7 @@ import torch
 
 from diffrl import __version__, config, settings_file, train
 from diffrl.benchmarks.suites import Cell, Suite
-from diffrl.benchmarks.summary import first_of, summarise
+from diffrl.benchmarks.summary import first_of, spread, summarise
 from diffrl.build import check, check_new
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
@@ -101,22 +101,24 @@ def read(folder: Path) -> list[Record]:
 
 
 def _best(row: str, suite: Suite, trials: list[Record], folder: Path) -> str:
-    """Return the `key=value` of a row whose trial has the largest `tune_by`.
+    """Return the `key=value` of a row whose trial has the largest `tune_by`, of those that did not fail.
 
     Raises:
-        DiffRLError: a trial failed, or has no such number.
+        DiffRLError: all of them failed, or one has no such number.
     """
     scores = {}
     for word in suite.candidates(row):
         trial = next(trial for trial in trials if trial["row"] == f"{row} {word}")
         if "points" not in trial:
-            raise DiffRLError(f"tune: the trial {trial['row']!r} failed; see the log in {folder / 'tune'}.")
+            continue
         score = trial["points"][-1].get(suite.tune_by)
         if not isinstance(score, int | float):
             raise DiffRLError(
                 f"tune_by: {suite.tune_by}: {score} in the trial {trial['row']!r}, no number."
             )
         scores[word] = score
+    if not scores:
+        raise DiffRLError(f"tune: all trials of {row!r} failed; see the logs in {folder / 'tune'}.")
     return max(scores, key=lambda word: scores[word])
 
 
@@ -142,11 +144,12 @@ def verify(suite: Suite, folder: Path, records: list[Record], choice: int) -> li
         return [f"{cell.name}: failed this time; see the log in {again}"]
     row = next(row for row in summarise("", finished) if row["method"] == cell.row)
     wrong = []
+    now, then = spread(new["points"][-1]), spread(stored["points"][-1])
     for measures in suite.columns.values():
         measure = first_of(measures, row)
         if measure not in row or "seconds" in measure:  # time is the machine's
             continue
-        value, before = new["points"][-1].get(measure, math.nan), stored["points"][-1][measure]
+        value, before = now.get(measure, math.nan), then[measure]
         margin = max(row[f"{measure}_ci95"] or 0.0, 1e-6 * abs(before))  # of one seed: the same number
         if not min(abs(value - row[measure]), abs(value - before)) <= margin:  # so that NaN counts
             wrong.append(

@@ -74,15 +74,17 @@ def _over_seeds(name: str, values: list[float]) -> tuple[float, float | None]:
 
 def _columns(points: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Return the numbers that all of the points have, by name."""
-    points = [point | _spread(point) for point in points]
+    points = [spread(point) for point in points]
     shared = [n for n, v in points[0].items() if all(isinstance(p.get(n), int | float) for p in points)]
     return {name: [point[name] for point in points] for name in shared}
 
 
-def _spread(point: dict[str, Any]) -> dict[str, Any]:
-    """Return each number of a point's lists under a name of its own."""
+def spread(point: dict[str, Any]) -> dict[str, Any]:
+    """Return a point with each number of its lists under a name of its own besides."""
     lists = {name: values for name, values in point.items() if isinstance(values, list)}
-    return {f"{name}/{n}": value for name, values in lists.items() for n, value in enumerate(values)}
+    return point | {
+        f"{name}/{n}": value for name, values in lists.items() for n, value in enumerate(values)
+    }
 
 
 def _of_pictures(confusion: list[list[int]] | None) -> dict[str, float]:
@@ -207,7 +209,7 @@ def report(
     rows = store(name, suite, records, trials, out)
     # a null, or a sentence that says what is not installed, is a measure too: it shows as "-"
     last = [record["points"][-1] for record in records if "points" in record]
-    known = {measure for point in last for measure in point | _spread(point)}
+    known = {measure for point in last for measure in spread(point)}
     if any(row["n_seeds"] for row in rows):
         for measures in (*suite.columns.values(), *suite.curve.values()):
             if not known & set(several(measures)):

@@ -6,7 +6,9 @@ import pytest
 from small_suite import words, write
 from test_cli import fails
 
+from diffrl.benchmarks import compare, suites
 from diffrl.cli import main
+from diffrl.errors import DiffRLError
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,29 @@ def test_quick_tunes_nothing_and_has_a_folder_of_its_own(tuned):
     stored = json.loads((tuned.parent / "cells" / "mine-quick" / "mine-quick.json").read_text())
     assert "trials" not in stored
     assert stored["cells"][0]["words"][-3:] == ["env.num_steps=5", "guidance.scale=0.1", "seed=0"]
+
+
+def test_a_trial_that_failed_is_passed_over_and_all_of_them_are_named(tmp_path):
+    suite = suites.Suite(
+        rows={"a": []}, columns={"r": "m"}, tune={"a": {"algo.gamma": [1, 2, 3]}}, tune_by="m"
+    )
+    worse, failed, better = (
+        {"row": "a algo.gamma=1", "points": [{"m": 0.1}]},
+        {"row": "a algo.gamma=2", "failed": True},
+        {"row": "a algo.gamma=3", "points": [{"m": 0.3}]},
+    )
+    assert compare._best("a", suite, [worse, failed, better], tmp_path) == "algo.gamma=3"
+    with pytest.raises(DiffRLError, match="all trials of 'a' failed"):
+        compare._best("a", suite, [{"row": trial["row"]} for trial in (worse, failed, better)], tmp_path)
+
+
+def test_verify_compares_a_measure_of_each_class_too(tmp_path, monkeypatch, capsys):
+    suite = suites.Suite(rows={"a": []}, columns={"class 0": "per/0", "class 1": "per/1"})
+    stored = {"row": "a", "seed": 0, "minutes": 1.0, "words": [], "threads": 1}
+    stored["points"] = [{"per": [0.5, 1.0]}]
+    again = {"row": "a", "seed": 0, "points": [{"per": [0.5, 0.75]}]}
+    monkeypatch.setattr(compare, "_run_all", lambda *args, **kwargs: [again])
+    assert compare.verify(suite, tmp_path, [stored], 0) == ["a-seed0: per/1 is 0.75, was 1, mean 1"]
 
 
 @pytest.mark.parametrize(
