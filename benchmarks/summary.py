@@ -65,11 +65,11 @@ def interval(values: list[float]) -> tuple[float, float | None]:
 
 
 def _over_seeds(name: str, values: list[float]) -> tuple[float, float | None]:
-    """Return a measure's mean and the half width of its interval; of seconds the fewest, and None.
+    """Return a measure's mean and the half width of its interval; of any seconds the fewest, and None.
 
     Over seeds the work is the same: what one took longer, other work on the machine has taken.
     """
-    return (min(values), None) if name == "spent/seconds" else interval(values)
+    return (min(values), None) if "seconds" in name else interval(values)
 
 
 def _columns(points: list[dict[str, Any]]) -> dict[str, list[float]]:

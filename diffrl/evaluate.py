@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import Tensor
 
 from diffrl.algorithms.guidance.base import Guidance
+from diffrl.algorithms.guidance.smc import SMC
 from diffrl.envs.prompts import LabelledPrompt
 from diffrl.log import grid
 from diffrl.policy import Pretrained
@@ -39,11 +40,12 @@ def evaluate(
     """Return the measures of a policy, guided or not, over `num_pictures` of the actor's env.
 
     Of any reward: its mean and standard deviation, KL in nats (null where a step has no density), the
-    measures of `diffrl.quality`, prompt fidelity where there is a judge, cost. Of a control, with labels in
+    measures of `diffrl.quality`, prompt fidelity where there is a judge, cost; of SMC `log_z_hat`, log of
+    its mean estimate of Z for each label. Of a control, with labels in
     equal blocks, or each prompt's own where all prompts have one: what `_control` and `_optimality` return
     (`z_known`: the reward's Z is of this env's model and prompts), and the accuracy that the classifier
-    claims, its mean p(y|x). Of a `stand_in` that was trained on in the
-    reward's place, the mean that it claims. Noise and prompts come from `seed` alone: an evaluation neither
+    claims, its mean p(y|x). Of a `stand_in` that was trained on in the reward's place, the mean that it
+    claims. Noise and prompts come from `seed` alone: an evaluation neither
     reads nor moves a generator of training.
     """
     env = actor.env
@@ -52,7 +54,7 @@ def evaluate(
     blocks = labels[torch.arange(num_pictures) * len(labels) // num_pictures]
     own = all(isinstance(prompt, LabelledPrompt) for prompt in env.prompts)
     reference = actor.policy.reference if env.schedule.eta > 0 else None
-    rewards, kl, drawn, claimed, targets = [], [], [], [], []
+    rewards, kl, drawn, claimed, targets, log_z_hat = [], [], [], [], [], []
     prompts: list[str] = []
     at_once = env.num_envs // actor.population
     for start in range(0, num_pictures, at_once):
@@ -66,6 +68,8 @@ def evaluate(
         targets.append(trajectory.context.label[kept].cpu())
         if trajectory.kl is not None:
             kl.append(trajectory.kl.sum(0)[kept].cpu())
+        if isinstance(actor, SMC):
+            log_z_hat.append(actor.log_z[: len(kept)].cpu())
         drawn.append(trajectory.images[kept].cpu())
         if stand_in is not None:
             context = trajectory.context.rows(kept)
@@ -86,6 +90,8 @@ def evaluate(
         if kl:
             objective = gamma * reward - torch.cat(kl)
             measures |= _optimality(env.reward, target, objective, gamma if z_known else None)
+    if log_z_hat:
+        measures["log_z_hat"] = _log_means(torch.cat(log_z_hat), target, env.reward.num_classes)
     if claimed:
         measures["claimed_reward"] = float(torch.cat(claimed).mean())
     if judge is not None:
@@ -151,6 +157,12 @@ def _optimality(
         return {"objective": own, "log_z": None, "log_z_ess": None, "gap": None}
     gap = [None if j is None else z - j for z, j in zip(log_z.tolist(), own, strict=True)]
     return {"objective": own, "log_z": log_z.tolist(), "log_z_ess": ess.tolist(), "gap": gap}
+
+
+def _log_means(log_values: Tensor, target: Tensor, num_classes: tuple[int, ...]) -> list[float | None]:
+    """Return log of each label's mean value, of `log_values` `[n]`; null of one that was not asked for."""
+    asked = [log_values[(target == label).all(1)] for label in every_label(num_classes)]
+    return [float(part.logsumexp(0)) - math.log(len(part)) if len(part) else None for part in asked]
 
 
 def _cost(actor: Guidance, seed: int) -> dict[str, float]:

@@ -6,6 +6,8 @@ everyone has: where they are missing, the measure is a sentence that says what t
 
 import math
 from collections.abc import Hashable, Sequence
+from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -91,7 +93,10 @@ def brisque(images: Tensor) -> float | str:
     try:
         for part in images.split(_BATCH):
             scores.append(piq.brisque(part.float().cpu(), data_range=1.0, reduction="none"))
-    except Exception as error:  # no weights offline; and a flat picture has no statistics at all
+    except URLError as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        return f"not available: piq's weights ({error.reason}); put brisque_svm_weights.pt into {folder}"
+    except Exception as error:  # such as a flat picture's, which has no statistics at all
         return f"not available: {' '.join(str(error).split())}"
     return float(torch.cat(scores).mean())
 

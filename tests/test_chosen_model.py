@@ -36,6 +36,7 @@ def test_eval_and_sample_guide_a_run_and_the_pretrained_model(run, tiny_path, tm
     # SMC and SVDD have no density to compare
     assert (measures["kl_nats"] is None) == ("smc" in words[0] or "svdd" in words[0])
     assert measures["reward_calls_per_image"] > 0
+    assert ("log_z_hat" in measures) == ("smc" in words[0])
     assert main(["sample", str(run), *words, "--prompt=cat", "--label=1", "-n=3", f"--out={tmp_path}"]) == 0
     assert len(list(tmp_path.glob("cat-label1-*.png"))) == 3
     settings = [f"env.model={tiny_path}", "env.num_steps=2", "reward=jpeg"]

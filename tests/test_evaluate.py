@@ -1,4 +1,5 @@
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from conftest import assert_close
 from test_cli import FAST, fails
 
 from diffrl.cli import main
-from diffrl.evaluate import _control, _index
+from diffrl.evaluate import _control, _index, _log_means
 from diffrl.types import every_label
 
 
@@ -98,3 +99,10 @@ def test_two_controls_are_trained_measured_and_asked_for(tiny_path, tmp_path, ca
     line = fails(capsys, "train", *words, swapped, f"reward.classifier={run}/classifier.safetensors")
     assert "knows 2 classes of compressibility and 2 classes of colourfulness" in line
     assert "has 2 classes of colourfulness and 2 classes of compressibility" in line
+
+
+def test_estimates_of_z_are_averaged_before_the_logarithm_and_by_label():
+    z = torch.tensor([0.5, 0.2, 1.5], dtype=torch.float64)
+    means = _log_means(z.log(), torch.tensor([[0], [1], [0]]), (3,))
+    assert_close(means[:2], [0.0, math.log(0.2)], atol=1e-9)
+    assert means[2] is None

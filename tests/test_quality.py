@@ -1,6 +1,7 @@
 import shutil
 import sys
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ class TestBrisque:
 
         monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(brisque=score))
         assert_close(brisque(flat(0.2, 0.4)), 30.0, atol=1e-4)
+
+    def test_without_a_network_it_says_where_the_weights_go(self, monkeypatch):
+        def score(images, data_range, reduction):
+            raise URLError("no route to host")
+
+        monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(brisque=score))
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: "/hub")
+        said = brisque(flat(0.2))
+        assert "piq's weights (no route to host); put brisque_svm_weights.pt into /hub/checkpoints" in said
 
     def test_a_package_that_breaks_down_costs_this_measure_alone(self, monkeypatch):
         def score(images, data_range, reduction):

@@ -45,6 +45,7 @@ def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them():
     records = [cell(0, 1.0, 10.0, 20.0), cell(1, 3.0, 15.0, 90.0)]
     (row,) = summary.summarise("s", records)
     assert (row["spent/seconds"], row["spent/seconds_ci95"]) == (20.0, None)
+    assert summary._over_seeds("eval/seconds_per_image", [0.5, 0.25]) == (0.25, None)
     assert row["spent/pictures"] == 440.0
     for record in records:
         for update, point in enumerate(record["points"]):
