@@ -110,6 +110,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         )
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._looks_at_once = self.device.type == "cpu"  # elsewhere a look at a number waits for the device
+        self._times = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])
         self._generator = torch.Generator()
         self._generator.seed()  # from the system, until reset(seed=...)
         self.num_scored = 0  # pictures that the reward has seen so far
@@ -162,15 +164,20 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
         Returns:
             The observation, reward `[N]`, terminated `[N]`, truncated `[N]` and an info that holds
             `images` `[N, 3, S, S]` in [0, 1] after the last step.
+
+        Raises:
+            DiffRLError: called out of turn, or `actions` have another shape or are not finite; on a GPU
+                the latter shows at the end of the episode, so that no step waits for it.
         """
         if self._clock is None or self._clock >= self.schedule.num_steps:
             state = "before the first reset" if self._clock is None else "past the end of the episode"
             raise DiffRLError(f"step: called {state}; call reset() first.")
         actions = torch.as_tensor(actions)
-        self._check_latents(actions, f"step {self._clock}: x_(t-1)")
+        done = self._clock + 1 == self.schedule.num_steps
+        name = f"step {self._clock}: x_(t-1)"
+        self._check_latents(actions, name, finite=done or self._looks_at_once)
         self._latents = actions.to(self.device, self.dtype)
         self._clock += 1
-        done = self._clock == self.schedule.num_steps
         reward, info = torch.zeros(self.num_envs, device=self.device), {}
         if done:
             images = self.backbone.decode(self._latents)
@@ -202,11 +209,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
 
     def _observe(self) -> Observation:
         assert self._clock is not None
-        timesteps = self.schedule.timesteps
-        now = int(timesteps[self._clock]) if self._clock < len(timesteps) else 0
         return {
             "latents": self._latents,
-            "timestep": torch.full((self.num_envs,), now, device=self.device),
+            "timestep": self._times[self._clock].repeat(self.num_envs),
             "prompt_embeds": self.context.prompt_embeds,
             "label": self.context.label,
         }
@@ -227,11 +232,11 @@ class DenoisingVectorEnv(VectorEnv[Observation, Tensor, Any]):
             self._prompt_embeds.update(zip(new, encoded, strict=True))
         return torch.stack([self._prompt_embeds[prompt] for prompt in prompts])
 
-    def _check_latents(self, latents: Tensor, name: str) -> None:
+    def _check_latents(self, latents: Tensor, name: str, *, finite: bool = True) -> None:
         shape = (self.num_envs, *self.backbone.latent_shape)
         if tuple(latents.shape) != shape:
             raise DiffRLError(f"{name} has shape {list(latents.shape)}; it must be {list(shape)}.")
-        if not latents.isfinite().all():
+        if finite and not latents.isfinite().all():
             bad = (~latents.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
             raise DiffRLError(
                 f"{name} is not finite in env {bad[0]} ({len(bad)} of {self.num_envs}); lower the "

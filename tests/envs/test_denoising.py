@@ -196,6 +196,15 @@ def test_a_wrong_action_is_named(tiny, action, words):
         env.step(action)
 
 
+def test_on_an_accelerator_no_step_waits_for_a_look_at_its_numbers(tiny):
+    env = make_env(tiny, num_steps=2)
+    env._looks_at_once = False
+    env.reset(seed=0)
+    env.step(torch.full((4, 4, 8, 8), torch.nan))
+    with pytest.raises(DiffRLError, match=r"step 1: x_\(t-1\) is not finite in env 0"):
+        env.step(torch.full((4, 4, 8, 8), torch.nan))
+
+
 def test_stepping_past_the_end_or_before_reset_is_refused(tiny):
     env = make_env(tiny, num_steps=1)
     with pytest.raises(DiffRLError, match="before the first reset"):
