@@ -122,7 +122,7 @@ class Bright:
         return images.flatten(1).mean(1) * (1 + context.label[:, 0])
 
 
-@pytest.mark.parametrize(
+EACH_ALONE = pytest.mark.parametrize(
     "guidance",
     [
         Reconstruction(),
@@ -134,6 +134,9 @@ class Bright:
     ],
     ids=repr,
 )
+
+
+@EACH_ALONE
 def test_no_sample_depends_on_another_ones_label(guidance):
     """Label and x_T of the last population change, the others stay where they were."""
     actor, env = attach(guidance, 3)
@@ -148,6 +151,32 @@ def test_no_sample_depends_on_another_ones_label(guidance):
     one, other = draw_with(0, 0.0), draw_with(1, 0.5)
     assert_close(one[: 2 * k], other[: 2 * k], atol=1e-12)
     assert (one[2 * k :] - other[2 * k :]).abs().min() > 1e-3
+
+
+@EACH_ALONE
+def test_a_batch_in_another_order_is_drawn_in_that_order(guidance, monkeypatch):
+    """All that belongs to a population moves with it: label, x_T and every random number."""
+    actor, env = attach(guidance, 3)
+    k = guidance.population
+    x_t = torch.randn(3 * k, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+    label = torch.tensor([0, 1, 1]).repeat_interleave(k)[:, None]
+    real = {name: getattr(torch, name) for name in ("rand", "randn")}
+
+    def drawn(order):
+        rows = (torch.tensor(order)[:, None] * k + torch.arange(k)).flatten()
+        for name in real:  # a number a population, or one a particle
+            monkeypatch.setattr(
+                torch,
+                name,
+                lambda *a, of=name, **kw: (x := real[of](*a, **kw))[rows if len(x) > 3 else order],
+            )
+        options = {"label": label[rows], "latents": x_t[rows]}
+        generator = torch.Generator().manual_seed(1)
+        return rollout(env, actor, generator, seed=0, options=options).latents[-1], rows
+
+    straight, _ = drawn([0, 1, 2])
+    turned, rows = drawn([2, 0, 1])
+    assert_close(turned, straight[rows], atol=1e-12)
 
 
 def test_the_published_mean_over_the_batch_shrinks_the_gradient_by_its_size():
