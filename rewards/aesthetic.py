@@ -4,11 +4,13 @@ Shapes: N pictures `[N, 3, S, S]` in [0, 1], E = 768 the width of CLIP ViT-L/14.
 Source: github.com/christophschuhmann/improved-aesthetic-predictor; DDPO, arXiv:2305.13301, section 5.2.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from diffrl.errors import DiffRLError
@@ -17,33 +19,49 @@ from diffrl.rewards.clip import VIT_L_14, load_clip
 from diffrl.rewards.head import read_head
 from diffrl.types import Context
 
+_ON_HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?:pth|pt|bin|safetensors))")
+
 
 @dataclass
 class Aesthetic:
     """LAION's aesthetic score of the picture, differentiable: about 5.5 for Stable Diffusion v1.5."""
 
     clip: str = VIT_L_14  # hub id, or a folder in the layout of transformers
-    mlp: str | None = None  # path of LAION's sac+logos+ava1-l14-linearMSE.pth, or the same as .safetensors
+    mlp: str | None = None  # LAION's sac+logos+ava1-l14-linearMSE.pth: path, or OWNER/NAME/FILE on the hub
 
     differentiable: ClassVar[bool] = True
     num_classes: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
-        check_mlp(self.mlp)
+        find_mlp(self.mlp)
 
     def __call__(self, images: Tensor, context: Context) -> Tensor:
         """Return the score, `[N]`."""
         return aesthetic_score(images, self.clip, str(self.mlp))
 
 
-def check_mlp(mlp: str | None) -> None:
-    """Raise DiffRLError unless there is a file of the score's weights."""
-    if mlp is None or not Path(mlp).is_file():
-        missing = "the aesthetic score needs it" if mlp is None else "no such file"
-        raise DiffRLError(
-            f"reward.mlp={'null' if mlp is None else mlp}: {missing}. Give the path of "
-            "sac+logos+ava1-l14-linearMSE.pth (github.com/christophschuhmann/improved-aesthetic-predictor)."
-        )
+def find_mlp(mlp: str | None) -> Path:
+    """Return the file of the score's weights, fetched if need be.
+
+    Args:
+        mlp: a path, or a file of a repository on the hub, OWNER/NAME/FILE.
+
+    Raises:
+        DiffRLError: there is none.
+    """
+    if mlp is not None and Path(mlp).is_file():
+        return Path(mlp)
+    missing = "the aesthetic score needs it" if mlp is None else "no such file"
+    if found := _ON_HUB.fullmatch(mlp or ""):
+        try:
+            return Path(hf_hub_download(found[1], found[2]))
+        except (OSError, ValueError) as error:  # no network, no such repository or file
+            missing += f", nor one on the hub ({str(error).splitlines()[0]})"
+    raise DiffRLError(
+        f"reward.mlp={'null' if mlp is None else mlp}: {missing}. Give the path of "
+        "sac+logos+ava1-l14-linearMSE.pth (github.com/christophschuhmann/improved-aesthetic-predictor), or "
+        "OWNER/NAME/FILE of one on the hub."
+    )
 
 
 def aesthetic_score(images: Tensor, clip: str, mlp: str) -> Tensor:
@@ -63,4 +81,5 @@ def aesthetic_score(images: Tensor, clip: str, mlp: str) -> Tensor:
 
 @cache
 def _head(mlp: str) -> tuple[Tensor, Tensor]:
-    return read_head(Path(mlp), read_weights(Path(mlp)))
+    path = find_mlp(mlp)
+    return read_head(path, read_weights(path))

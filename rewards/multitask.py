@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from diffrl.datasets import Pictures
 from diffrl.errors import DiffRLError, unknown
-from diffrl.rewards.aesthetic import check_mlp
+from diffrl.rewards.aesthetic import find_mlp
 from diffrl.rewards.clip import VIT_L_14
 from diffrl.rewards.copies import check_copies
 from diffrl.rewards.fit import check_ceiling, fit_attribute
@@ -30,7 +30,7 @@ class Multitask:
     ceiling: float = 1.0  # of each p(y|x): its reward is log min(p, ceiling)
     joint: bool = False  # one embedding each combination, as in CTRL's code, not the sum of one a measure
     clip: str = VIT_L_14  # of aesthetic: hub id, or a folder in the layout of transformers
-    mlp: str | None = None  # of aesthetic: path of LAION's sac+logos+ava1-l14-linearMSE.pth
+    mlp: str | None = None  # of aesthetic: LAION's sac+logos+ava1-l14-linearMSE.pth, as there
 
     learned: ClassVar[bool] = True
 
@@ -48,7 +48,7 @@ class Multitask:
         check_ceiling(self.ceiling, 2)
         check_copies(self.copies)
         if "aesthetic" in self.measures:
-            check_mlp(self.mlp)
+            find_mlp(self.mlp)
 
     @property
     def num_classes(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from diffrl.errors import DiffRLError
 from diffrl.foreign_weights import read_weights
+from diffrl.rewards import aesthetic
 from diffrl.rewards.aesthetic import Aesthetic, aesthetic_score
 from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.clip import load_clip
@@ -75,6 +76,18 @@ class TestScore:
         assert "reward.mlp=gone.pth: no such file" in line
         words = ["reward=multitask", "reward.measures=[aesthetic]"]
         assert "reward.mlp=null" in fails(capsys, "train", *words)
+
+    def test_weights_may_be_a_file_on_the_hub(self, clip, mlp, monkeypatch):
+        def download(repository, name):
+            if name != "in/head.pth":
+                raise OSError("404: no such entry\nRequest ID: 5")
+            return {"laion/score": mlp}[repository]
+
+        monkeypatch.setattr(aesthetic, "hf_hub_download", download)
+        one, other = (aesthetic_score(pictures(), clip, m) for m in (mlp, "laion/score/in/head.pth"))
+        assert torch.equal(one, other)
+        with pytest.raises(DiffRLError, match=r"nor one on the hub \(404: no such entry\)\. Give the path"):
+            Aesthetic(clip, "laion/score/gone.pth")
 
     def test_a_head_of_another_width_or_layout_is_refused(self, clip, mlp, tmp_path):
         torch.save(head_state(head(3)), tmp_path / "three.pth")
