@@ -326,6 +326,23 @@ class TestHub:
         with pytest.raises(DiffRLError, match=r"vae/config.json is missing.*hf download"):
             StableDiffusion.load("someone/tiny")
 
+    def test_pickled_weights_are_fetched_where_there_are_no_others(self, cached, tiny_path, monkeypatch):
+        """Of the tiny model, whose VAE has none but pickled weights on the hub."""
+        whole = cached / "vae" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(whole)
+        whole.unlink()
+        asked = []
+
+        def download(model, revision, allow_patterns):
+            asked.append(allow_patterns)
+            if "vae/diffusion_pytorch_model.bin" in allow_patterns:
+                torch.save(weights, whole.with_suffix(".bin"))
+            return str(cached)
+
+        monkeypatch.setattr(loading, "snapshot_download", download)
+        assert_same(StableDiffusion.load("someone/tiny"), StableDiffusion.load(str(tiny_path)))
+        assert not any("unet" in name and ".bin" in name for name in asked[-1])
+
     def test_a_model_that_is_nowhere_is_told_with_both_ways_to_supply_it(self, cached):
         with pytest.raises(DiffRLError) as caught:
             SD15(revision="v7").load()

@@ -22,6 +22,7 @@ DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 """Stable Diffusion v1.5 on the hub."""
 
 _WANTED = ["*.json", "tokenizer/*", *(f"{part.name}/{part.weights}.safetensors" for part in NETWORKS)]
+_PICKLE = "pytorch_model.bin"  # of transformers; diffusers names its like its safetensors
 _CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer v1.x and v2.x share
 _CLIP_WANTED = ["tokenizer_config.json", "vocab.json", "merges.txt"]
 _FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
@@ -127,7 +128,12 @@ def _find(model: str, revision: str | None) -> Path:
         )
     # before gigabytes of what is not supported
     check_pipeline(model, _download(model, revision, ["model_index.json"]))
-    return _download(model, revision, _WANTED)
+    folder = _download(model, revision, _WANTED)
+    bare = [part for part in NETWORKS if not any((folder / part.name).glob("*.safetensors"))]
+    if bare:  # an old repository, or one half in the cache
+        pickles = [f"{part.name}/{name}" for part in bare for name in (f"{part.weights}.bin", _PICKLE)]
+        folder = _download(model, revision, [*_WANTED, *pickles])
+    return folder
 
 
 def _is_hub_id(model: str) -> bool:
@@ -162,7 +168,7 @@ def _network(model: str, folder: Path, part: Network) -> nn.Module:
     """Return a network with all its weights."""
     place = folder / part.name
     names = [f"{part.weights}{end}" for end in (".safetensors", ".safetensors.index.json", ".bin")]
-    _check_files(model, place, [[name] for name in [*names, "pytorch_model.bin"]])
+    _check_files(model, place, [[name] for name in [*names, _PICKLE]])
     # a weight of another shape is then in the report too, by name
     asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     network, report = _read(model, place, part.kind, **asked)
