@@ -159,14 +159,17 @@ class Setup:
         with FileLock(f"{path}.lock"):  # cells of a suite want the same one at once
             if path.is_file() and not refit:
                 console.print(f"classifier: from the cache, {path}")
-                return LogLikelihood.load(path)
+                reward = LogLikelihood.load(path)
+                _warn_of_few(reward)
+                return reward
             if self.dataset is None:
                 drawn = self._draw(policy, chosen.num_pictures)
                 reward = chosen.fit(drawn, self.config.seed, from_pretrained=True)
             else:
                 console.print(f"dataset: reading {len(self.dataset)} pictures of {self.config.dataset}")
                 reward = chosen.fit(self.dataset, self.config.seed, from_pretrained=False)
-                _warn(self.dataset, reward)
+                _warn_of_unreadable(self.dataset)
+            _warn_of_few(reward)
             reward.save(path)
         return reward
 
@@ -210,13 +213,17 @@ class Setup:
         return digest.hexdigest()[:32]
 
 
-def _warn(dataset: PictureFiles, reward: LogLikelihood) -> None:
-    """Tell of pictures that could not be read, and of classes with hardly any."""
+def _warn_of_unreadable(dataset: PictureFiles) -> None:
+    """Tell of pictures that could not be read."""
     if lost := dataset.unreadable:
         console.print(
             f"[yellow]dataset[/]: {len(lost)} of {len(dataset)} pictures cannot be read and are left out, "
             f"the first is {dataset.entries[min(lost)].path}"
         )
+
+
+def _warn_of_few(reward: LogLikelihood) -> None:
+    """Tell of classes with hardly any picture."""
     for attribute in reward.attributes:
         counts = attribute.report.class_counts
         if min(counts) < _FEW:

@@ -127,7 +127,9 @@ class TestTrain:
         assert main([*command, "name=a"]) == 0
         assert "drawing the offline dataset" in capsys.readouterr().out
         assert main([*command, "name=b"]) == 0
-        assert "from the cache" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "from the cache" in out
+        assert "below 100 a class its classifier is hardly to be trusted" in " ".join(out.split())
         assert main([*command, "name=c", "reward.ceiling=0.9", "algo.updates=1"]) == 0
         assert "from the cache" in capsys.readouterr().out  # a ceiling is no part of the fit
         assert restore(tmp_path / "c", {})[2].ceiling == 0.9
