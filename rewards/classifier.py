@@ -5,7 +5,7 @@ Shapes: N pictures `[N, 3, H, W]` in [0, 1], H and W multiples of 16; K classes.
 
 import math
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,20 +39,20 @@ class ConvFeatures(nn.Module):
 
 
 class BlockDCTFeatures(nn.Module):
-    """What JPEG looks at, differentiably: `[N, 3, H, W]` to `[N, 384]`, 192 for each softness.
+    """What JPEG looks at, differentiably: `[N, 3, H, W]` to `[N, 384]`.
 
     For each of 3 x 64 coefficients c of the 8 x 8 block DCT of Y, Cb, Cr (chroma halved), in steps of the
-    quantiser, the mean over blocks of the bits of its magnitude, log(1 + (c/s)^2) / 2, at some softnesses
+    quantiser, the mean over blocks of the bits of its magnitude, log(1 + (c/s)^2) / 2, at two softnesses
     s. They are far above the step that decides the size, on purpose: at s = 1/2 the classifier is a
-    little better (.915 against .902 on emoji), but its gradient is about invisible noise.
+    little better (.915 against .902 on emoji), but its gradient is about invisible noise; with s = 1
+    besides, a policy obeys as well and loses prompt fidelity.
 
     Differs from CTRL's classifier, a residual CNN on pixels: with 2,000 pictures it is far more accurate,
     and has no texture blind spot to exploit. Source of the transform: ITU-T T.81, A.3.3 and annex K.1,
     tables scaled to quality 95 as libjpeg does.
     """
 
-    softnesses: ClassVar[tuple[int, ...]] = (4, 16)
-    size: ClassVar[int] = 192 * len(softnesses)
+    size = 384
     kernels: Tensor
     steps: Tensor
     ycbcr: Tensor
@@ -72,7 +72,7 @@ class BlockDCTFeatures(nn.Module):
         self.register_buffer("ycbcr", torch.tensor(ycbcr), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features of `images`, `[N, size]`."""
+        """Return the features of `images`, `[N, 384]`."""
         planes = torch.einsum("kc,nchw->knhw", self.ycbcr, 255 * images)
         planes = planes - torch.tensor([128.0, 0, 0], device=images.device).view(3, 1, 1, 1)
         features = []
@@ -80,19 +80,9 @@ class BlockDCTFeatures(nn.Module):
             if number:
                 plane = F.avg_pool2d(plane, 2)
             coefficients = F.conv2d(plane[:, None], self.kernels, stride=8) / self.steps[number]
-            for softness in self.softnesses:
+            for softness in (4, 16):
                 features.append((coefficients / softness).square().log1p().mean((2, 3)) / 2)
         return torch.cat(features, 1)
-
-
-class FineDCTFeatures(BlockDCTFeatures):
-    """The same, and nearer to the step: `[N, 3, H, W]` to `[N, 576]`.
-
-    For classes whose edges must lie where the true measure has them, on a policy's own pictures too.
-    """
-
-    softnesses = (1, 4, 16)
-    size = 192 * len(softnesses)
 
 
 class ColourFeatures(nn.Module):
@@ -182,7 +172,6 @@ class ResidualFeatures(nn.Module):
 
 FEATURES: dict[str, type[Any]] = {
     "dct": BlockDCTFeatures,
-    "fine_dct": FineDCTFeatures,
     "colour": ColourFeatures,
     "mixed": MixedFeatures,
     "cnn": ConvFeatures,
@@ -196,8 +185,8 @@ class Classifier(nn.Module):
 
     Args:
         num_classes: K.
-        features: "dct" or "fine_dct" (for anything about compression), "colour", "mixed" (both, and the
-            coarse picture), "clip", "cnn" (for anything else), or "residual" (a published one).
+        features: "dct" (for anything about compression), "colour", "mixed" (both, and the coarse picture),
+            "clip", "cnn" (for anything else), or "residual" (a published one).
         hidden: width of the head's one hidden layer; None: it is linear.
         spare: logits of classes that no picture has, as CTRL's authors' heads have one. They count in the
             softmax and are not returned.

@@ -14,7 +14,7 @@ from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.measures import MEASURES
 from diffrl.rewards.published import load_reward
 
-_FEATURES = ("dct", "fine_dct", "cnn")
+_FEATURES = ("dct", "cnn")
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Compressibility:
     num_classes: int = 4  # where the edges are quantiles
     num_pictures: int = 2048  # drawn from the pretrained policy where there is no dataset
     copies: int = 0  # altered ones of each, labelled by the true measure, for the classifier to learn from
-    features: str = "dct"  # of the classifier: dct, fine_dct or cnn
+    features: str = "dct"  # of the classifier: dct or cnn
     classifier: str | None = None  # path of a fitted one, or of CTRL's .pth, instead of fitting
     ceiling: float = 1.0  # of p(y|x): the reward is log min(p, ceiling)
 
