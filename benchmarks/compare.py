@@ -5,7 +5,6 @@ that is done for the same settings is not run again, whichever of the two is lef
 """
 
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -149,9 +148,11 @@ def verify(suite: Suite, folder: Path, records: list[Record], choice: int) -> li
         measure = first_of(measures, row)
         if measure not in row or "seconds" in measure:  # time is the machine's
             continue
-        value, before = now.get(measure, math.nan), then[measure]
+        value, before = now.get(measure), then[measure]
         margin = max(row[f"{measure}_ci95"] or 0.0, 1e-6 * abs(before))  # of one seed: the same number
-        if not min(abs(value - row[measure]), abs(value - before)) <= margin:  # so that NaN counts
+        if not isinstance(value, int | float):  # such as a sentence that says what is not installed
+            wrong.append(f"{cell.name}: {measure} is {value}, was {before:.4g}")
+        elif not min(abs(value - row[measure]), abs(value - before)) <= margin:  # so that NaN counts
             wrong.append(
                 f"{cell.name}: {measure} is {value:.4g}, was {before:.4g}, mean {row[measure]:.4g}"
             )

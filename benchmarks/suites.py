@@ -27,8 +27,8 @@ class Suite:
     settings: list[str] = field(default_factory=list)  # words of every row
     seeds: int = 3  # 0, 1, ...
     curve: dict[str, Any] = field(default_factory=dict)  # the one measure that is drawn, by its name
-    # over a setting instead of what was spent: {its heading: {line: setting}}; the rows that begin with a
-    # line's name are its points, and several measures may be drawn
+    # over a setting instead of what was spent: {its heading: {line: setting}}; the rows named "LINE, ..."
+    # are its points, and several measures may be drawn
     against: dict[str, dict[str, str]] = field(default_factory=dict)
     # a setting's values to try first, by row: {row: {setting: [values]}}; each trial is a run with seed 0
     tune: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
@@ -72,14 +72,17 @@ class Suite:
         ((_, settings),) = self.against.items()
         found = {}
         for line, setting in settings.items():
-            rows = [row for row in self.rows if re.match(rf"{re.escape(line)}\b", row)]
+            rows = [row for row in self.rows if row == line or row.startswith(f"{line},")]
             if not rows:
-                raise DiffRLError(f"against: no row begins with {line!r}; the rows are {list(self.rows)}.")
+                raise DiffRLError(
+                    f"against: no row is {line!r} or begins with '{line},'; the rows are {list(self.rows)}."
+                )
             found[line] = {row: self._number(row, setting) for row in rows}
         return found
 
     def _number(self, row: str, setting: str) -> float:
-        words = [word for word in (*self.settings, *self.rows[row]) if word.startswith(f"{setting}=")]
+        words = [word.lstrip("+") for word in (*self.settings, *self.rows[row])]
+        words = [word for word in words if word.startswith(f"{setting}=")]
         try:
             return float(words[-1].partition("=")[2])
         except (IndexError, ValueError):

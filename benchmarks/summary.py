@@ -152,11 +152,13 @@ def curves(suite: Suite, records: list[dict[str, Any]]) -> dict[str, list[Line]]
     panels: dict[str, list[Line]] = {}
     for heading, currency in SPENT.items():
         for row in suite.rows:
-            runs = [r["points"] for r in records if r["row"] == row and "points" in r]
-            measure = first_of(measures, runs[0][-1]) if runs else ""
-            numbers = [isinstance(point.get(measure), int | float) for points in runs for point in points]
-            if not numbers or not all(numbers):
+            mine = [r["points"] for r in records if r["row"] == row and "points" in r]
+            runs = [[spread(point) for point in points] for points in mine]
+            every = [point for points in runs for point in points]
+            known = [m for m in several(measures) if all(isinstance(p.get(m), int | float) for p in every)]
+            if not every or not known:
                 continue
+            measure = known[0]
             # one that stopped early (`patience`) has no say after it
             at = [{point["update"]: point for point in points} for points in runs]
             steps = [[points[u] for points in at] for u in sorted(set.intersection(*map(set, at)))]

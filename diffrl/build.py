@@ -160,17 +160,19 @@ class Setup:
             if path.is_file() and not refit:
                 console.print(f"classifier: from the cache, {path}")
                 reward = LogLikelihood.load(path)
-                _warn_of_few(reward)
-                return reward
-            if self.dataset is None:
-                drawn = self._draw(policy, chosen.num_pictures)
-                reward = chosen.fit(drawn, self.config.seed, from_pretrained=True)
             else:
-                console.print(f"dataset: reading {len(self.dataset)} pictures of {self.config.dataset}")
-                reward = chosen.fit(self.dataset, self.config.seed, from_pretrained=False)
-                _warn_of_unreadable(self.dataset)
-            _warn_of_few(reward)
-            reward.save(path)
+                reward = self._fit(policy)
+                reward.save(path)
+        _warn_of_few(reward)
+        return reward
+
+    def _fit(self, policy: Policy) -> LogLikelihood:
+        chosen, seed = self.config.reward, self.config.seed
+        if self.dataset is None:
+            return chosen.fit(self._draw(policy, chosen.num_pictures), seed, from_pretrained=True)
+        console.print(f"dataset: reading {len(self.dataset)} pictures of {self.config.dataset}")
+        reward = chosen.fit(self.dataset, seed, from_pretrained=False)
+        _warn_of_unreadable(self.dataset)
         return reward
 
     def _read_dataset(self) -> list[Entry] | None:

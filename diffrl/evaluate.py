@@ -41,10 +41,10 @@ def evaluate(
 
     Of any reward: its mean and standard deviation, KL in nats (null where a step has no density), the
     measures of `diffrl.quality`, prompt fidelity where there is a judge, cost; of SMC `log_z_hat`, log of
-    its mean estimate of Z for each label. Of a control, with labels in
-    equal blocks, or each prompt's own where all prompts have one: what `_control` and `_optimality` return
-    (`z_known`: the reward's Z is of this env's model and prompts), and the accuracy that the classifier
-    claims, its mean p(y|x). Of a `stand_in` that was trained on in the reward's place, the mean that it
+    its mean estimate of Z, for each label: Z under the law of the policy that it guides. Of a control, with
+    labels in equal blocks, or each prompt's own where all prompts have one: what `_control` and
+    `_optimality` return (`z_known`: the reward's Z is of this env's model and prompts), and the accuracy
+    that the classifier claims, its mean p(y|x). Of a `stand_in` that was trained on in the reward's place, the mean that it
     claims. Noise and prompts come from `seed` alone: an evaluation neither
     reads nor moves a generator of training.
     """
@@ -68,7 +68,7 @@ def evaluate(
         targets.append(trajectory.context.label[kept].cpu())
         if trajectory.kl is not None:
             kl.append(trajectory.kl.sum(0)[kept].cpu())
-        if isinstance(actor, SMC):
+        if isinstance(actor, SMC) and actor.last:  # else r(x_0) has no part in it
             log_z_hat.append(actor.log_z[: len(kept)].cpu())
         drawn.append(trajectory.images[kept].cpu())
         if stand_in is not None:

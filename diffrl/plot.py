@@ -160,8 +160,8 @@ def _sweep(panels: Mapping[str, Sequence[Line]], setting: str) -> Figure:
     for axes, (measure, lines) in zip(every, panels.items(), strict=True):
         _draw(axes, lines)
         axes.set(title=measure, xlabel=setting)
-        axes.set_xscale("symlog", linthresh=1)  # a setting may be 0
         values = sorted({x for line in lines for x in line.x})
+        axes.set_xscale("symlog", linthresh=min((x for x in values if x > 0), default=1))  # one may be 0
         axes.set_xticks(values, [f"{x:,.10g}" for x in values], rotation=30)
         axes.xaxis.set_minor_locator(NullLocator())
     _legend(figure, 4)

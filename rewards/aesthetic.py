@@ -55,8 +55,9 @@ def find_mlp(mlp: str | None) -> Path:
     if found := _ON_HUB.fullmatch(mlp or ""):
         try:
             return Path(hf_hub_download(found[1], found[2]))
-        except (OSError, ValueError) as error:  # no network, no such repository or file
-            missing += f", nor one on the hub ({str(error).splitlines()[0]})"
+        except Exception as error:  # of many kinds: no network, no such repository or file
+            said, _, _ = str(error).partition("\n")
+            missing += f", nor one on the hub ({said})"
     raise DiffRLError(
         f"reward.mlp={'null' if mlp is None else mlp}: {missing}. Give the path of "
         "sac+logos+ava1-l14-linearMSE.pth (github.com/christophschuhmann/improved-aesthetic-predictor), or "

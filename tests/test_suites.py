@@ -34,7 +34,10 @@ def test_a_value_of_the_wrong_form_is_refused(tmp_path, parts):
 @pytest.mark.parametrize(
     ("against", "said"),
     [
-        ({"gamma": {"rwr": "algo.gamma"}}, "no row begins with 'rwr'; the rows are ['ctrl, gamma 1', "),
+        (
+            {"gamma": {"rwr": "algo.gamma"}},
+            "no row is 'rwr' or begins with 'rwr,'; the rows are ['ctrl, ",
+        ),
         ({"gamma": {"ctrl": "algo.gamma"}}, "ctrl, gamma 1: no algo.gamma= instead of a number"),
         ({"gamma": {"ctrl": "algo"}}, "ctrl, gamma 1: algo=ctrl instead of a number for algo."),
         ({"gamma": {}, "steps": {}}, "is not one heading with its lines"),
@@ -44,6 +47,12 @@ def test_a_value_of_the_wrong_form_is_refused(tmp_path, parts):
 def test_a_sweep_that_has_no_axis_is_refused(tmp_path, against, said):
     with pytest.raises(DiffRLError, match=re.escape(said)):
         suites.load(str(write(tmp_path, against=against)))
+
+
+def test_a_line_s_rows_begin_with_its_whole_name(tmp_path):
+    rows = {"CTRL (a), 1": ["algo.gamma=1"], "CTRL (a)": ["+algo.gamma=2"], "CTRL (a)-b": ["algo.gamma=3"]}
+    suite = suites.Suite(rows=rows, columns={}, against={"gamma": {"CTRL (a)": "algo.gamma"}})
+    assert suite.lines() == {"CTRL (a)": {"CTRL (a), 1": 1.0, "CTRL (a)": 2.0}}
 
 
 def test_a_base_gives_what_the_suite_has_not_itself(tmp_path):

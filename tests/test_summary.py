@@ -55,6 +55,8 @@ def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them():
     assert panels["seconds"][0].x == [10.0, 20.0]
     assert panels["pictures drawn"][0].x == [100.0, 440.0]
     assert panels["seconds"][0].y == [2.0, 2.0]
+    odd = suites.Suite(rows={"a": []}, columns={}, curve={"r": ["update_", "reward"]})
+    assert summary.curves(odd, records)["seconds"][0].y == [2.0, 2.0]  # the first that all points have
     records[0]["points"].append(records[0]["points"][-1] | {"update": 2})  # the other seed stopped before
     assert summary.curves(suite, records)["seconds"][0].x == [10.0, 20.0]
 

@@ -104,6 +104,8 @@ def test_verify_compares_a_measure_of_each_class_too(tmp_path, monkeypatch, caps
     again = {"row": "a", "seed": 0, "points": [{"per": [0.5, 0.75]}]}
     monkeypatch.setattr(compare, "_run_all", lambda *args, **kwargs: [again])
     assert compare.verify(suite, tmp_path, [stored], 0) == ["a-seed0: per/1 is 0.75, was 1, mean 1"]
+    again["points"] = [{"per": [0.5, "not available: ..."]}]
+    assert compare.verify(suite, tmp_path, [stored], 0) == ["a-seed0: per/1 is not available: ..., was 1"]
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def _find(model: str, revision: str | None) -> Path:
     # before gigabytes of what is not supported
     check_pipeline(model, _download(model, revision, ["model_index.json"]))
     folder = _download(model, revision, _WANTED)
-    bare = [part for part in NETWORKS if not any((folder / part.name).glob("*.safetensors"))]
+    bare = [p for p in NETWORKS if not (folder / p.name / f"{p.weights}.safetensors").is_file()]
     if bare:  # an old repository, or one half in the cache
         pickles = [f"{part.name}/{name}" for part in bare for name in (f"{part.weights}.bin", _PICKLE)]
         folder = _download(model, revision, [*_WANTED, *pickles])

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         print_wide(summary.table(suite, rows))
         console.print(f"{out}/{name}.json has every number")
-    if any(row["failed"] for row in rows):
+    if any(row["failed"] for row in rows) or any("points" not in trial for trial in trials):
         sys.exit(1)
 
 
