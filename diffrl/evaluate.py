@@ -44,9 +44,9 @@ def evaluate(
     its mean estimate of Z, for each label: Z under the law of the policy that it guides. Of a control, with
     labels in equal blocks, or each prompt's own where all prompts have one: what `_control` and
     `_optimality` return (`z_known`: the reward's Z is of this env's model and prompts), and the accuracy
-    that the classifier claims, its mean p(y|x). Of a `stand_in` that was trained on in the reward's place, the mean that it
-    claims. Noise and prompts come from `seed` alone: an evaluation neither
-    reads nor moves a generator of training.
+    that the classifier claims, its mean p(y|x). Of a `stand_in` that was trained on in the reward's place,
+    the mean that it claims. Noise and prompts come from `seed` alone: an evaluation neither reads nor moves
+    a generator of training.
     """
     env = actor.env
     generator = torch.Generator(env.device).manual_seed(seed)
