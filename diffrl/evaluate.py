@@ -149,7 +149,7 @@ def _optimality(
 
     Null where Z is unknown, as without a gamma, and of a label that no picture was asked to have.
     """
-    asked = [objective[(target == label).all(1)] for label in every_label(reward.num_classes)]
+    asked = _by_label(objective, target, reward.num_classes)
     own = [float(part.mean()) if len(part) else None for part in asked]
     log_z = None if gamma is None else reward.log_z(gamma)
     ess = None if gamma is None else reward.log_z_ess(gamma)
@@ -161,8 +161,13 @@ def _optimality(
 
 def _log_means(log_values: Tensor, target: Tensor, num_classes: tuple[int, ...]) -> list[float | None]:
     """Return log of each label's mean value, of `log_values` `[n]`; null of one that was not asked for."""
-    asked = [log_values[(target == label).all(1)] for label in every_label(num_classes)]
+    asked = _by_label(log_values, target, num_classes)
     return [float(part.logsumexp(0)) - math.log(len(part)) if len(part) else None for part in asked]
+
+
+def _by_label(values: Tensor, target: Tensor, num_classes: tuple[int, ...]) -> list[Tensor]:
+    """Return those of `values` `[n]` that belong to each label, in the order of `every_label`."""
+    return [values[(target == label).all(1)] for label in every_label(num_classes)]
 
 
 def _cost(actor: Guidance, seed: int) -> dict[str, float]:
