@@ -30,6 +30,7 @@ from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
 
 _CELL_FILE = "cell.json"
+_TRIAL_SEED = 1000  # no cell's: a row is not judged by the run that chose its value
 Record = dict[str, Any]
 """What is known of a cell: its settings, measures and provenance."""
 
@@ -77,8 +78,9 @@ def compare(
     known, tried = earlier
     trials: list[Record] = []
     if not quick:
+        alike = [*suite.tune_settings, f"seed={_TRIAL_SEED}"]
         cells = [
-            Cell(f"{row} {word}", 0, [*rows[row], *suite.tune_settings, word, "seed=0"])
+            Cell(f"{row} {word}", _TRIAL_SEED, [*rows[row], *alike, word])
             for row in suite.tune
             for word in suite.candidates(row)
         ]

@@ -30,7 +30,7 @@ class Suite:
     # over a setting instead of what was spent: {its heading: {line: setting}}; the rows named "LINE, ..."
     # are its points, and several measures may be drawn
     against: dict[str, dict[str, str]] = field(default_factory=dict)
-    # a setting's values to try first, by row: {row: {setting: [values]}}; each trial is a run with seed 0
+    # a setting's values to try first, by row: {row: {setting: [values]}}; a trial's seed is no cell's
     tune: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     tune_settings: list[str] = field(default_factory=list)  # words of every trial besides
     tune_by: str = "eval/accuracy"  # the value where this measure is the largest is the row's
