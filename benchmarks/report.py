@@ -14,20 +14,11 @@ from markupsafe import Markup
 from PIL import Image
 
 from diffrl import __version__
+from diffrl.benchmarks.charts import charts
 from diffrl.benchmarks.compare import points_of
 from diffrl.benchmarks.suites import Cell, Suite
-from diffrl.benchmarks.summary import (
-    SPENT,
-    as_text,
-    curves,
-    first_of,
-    over_setting,
-    over_training,
-    several,
-    summarise,
-)
+from diffrl.benchmarks.summary import SPENT, as_text, first_of, several, summarise
 from diffrl.errors import DiffRLError
-from diffrl.plot import frontier_svg, learning_svg, sweep_svg, training_svg
 from diffrl.restore import CONFIG_FILE, settings_of
 from diffrl.settings_file import command
 
@@ -107,7 +98,10 @@ def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Pat
             {"name": row["method"], "failed": row["failed"], "cells": [_cell(row, m) for m in measures]}
             for row in rows
         ],
-        "figures": _figures(suite, records, rows),
+        "figures": [
+            {"title": chart.title, "svg": Markup(chart.svg()), "caption": chart.caption}
+            for chart in charts(suite, records, rows)
+        ],
         "confusions": [
             {"name": method, "rows": _shares(record["points"][-1]["eval/confusion"])}
             for method, record in first.items()
@@ -137,52 +131,6 @@ def _cell(row: dict[str, Any], measures: str | list[str]) -> dict[str, Any]:
         "text": as_text(value, value),
         "margin": as_text(half, value) if half else "",
     }
-
-
-def _figures(
-    suite: Suite, records: list[dict[str, Any]], rows: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    figures = []
-    for heading in suite.against:
-        if panels := over_setting(suite, rows):
-            figures.append(
-                {
-                    "title": f"Against {heading}",
-                    "svg": Markup(sweep_svg(panels, heading)),
-                    "caption": "Mean over seeds at the end of training, with its 95% interval.",
-                }
-            )
-    if suite.curve and not suite.against and (panels := curves(suite, records)):
-        (name,) = suite.curve
-        figures.append(
-            {
-                "title": "Learning",
-                "svg": Markup(learning_svg(panels, name)),
-                "caption": "Mean over seeds against what was spent on training, with its 95% interval.",
-            }
-        )
-    if len(records) == 1 and (measured := over_training(records[0].get("points", [{}]), suite.columns)):
-        figures.append(
-            {
-                "title": "Training",
-                "svg": Markup(training_svg(measured, "pictures drawn")),
-                "caption": "What the run's evaluations measured.",
-            }
-        )
-    points = {
-        row["method"]: (row["eval/kl_nats"], row["eval/accuracy"])
-        for row in rows
-        if row.get("eval/kl_nats") is not None and "eval/accuracy" in row
-    }
-    if len(points) > 1:
-        figures.append(
-            {
-                "title": "Control against distance",
-                "svg": Markup(frontier_svg(points, "KL to the pretrained model (nats)", "accuracy")),
-                "caption": "Up and left is better. A method whose steps have no density has no KL.",
-            }
-        )
-    return figures
 
 
 def _shares(confusion: list[list[int]]) -> list[list[dict[str, Any]]]:

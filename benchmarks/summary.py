@@ -1,11 +1,7 @@
-"""From the records of a suite's cells to a table, a picture and a file: means and intervals over seeds."""
+"""From the records of a suite's cells to a table: means and intervals over seeds."""
 
-import json
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +10,6 @@ from rich import box
 from rich.table import Table
 
 from diffrl.benchmarks.suites import Suite
-from diffrl.errors import unknown
-from diffrl.plot import Line, learning, sweep
 
 SPENT = {"pictures drawn": "pictures", "network calls": "network_calls", "seconds": "seconds"}
 _LEVEL = 0.95
@@ -26,7 +20,7 @@ def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
 
     `<measure>_ci95` is half the width of Student's 95% interval of that mean, `<measure>_max` the largest
     of the seeds. With one seed it is null, but for accuracy and each class's own: there it is that of the
-    pictures, by bootstrap. Of seconds it is the fewest; see `_over_seeds`. A list's numbers are
+    pictures, by bootstrap. Of seconds it is the fewest; see `over_seeds`. A list's numbers are
     `<measure>/0` and so on.
     """
     rows = []
@@ -42,7 +36,7 @@ def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
         if finished:
             summary |= {"minutes": statistics.mean(record["minutes"] for record in finished)}
             for name, values in _columns([record["points"][-1] for record in finished]).items():
-                mean, half = _over_seeds(name, values)
+                mean, half = over_seeds(name, values)
                 summary |= {name: mean, f"{name}_ci95": half, f"{name}_max": max(values)}
             if len(finished) == 1:
                 summary |= _of_pictures(finished[0]["points"][-1].get("eval/confusion"))
@@ -64,7 +58,7 @@ def interval(values: list[float]) -> tuple[float, float | None]:
     return mean, float(scipy.stats.t.ppf((1 + _LEVEL) / 2, count - 1)) * error
 
 
-def _over_seeds(name: str, values: list[float]) -> tuple[float, float | None]:
+def over_seeds(name: str, values: list[float]) -> tuple[float, float | None]:
     """Return a measure's mean and the half width of its interval; of any seconds the fewest, and None.
 
     Over seeds the work is the same: what one took longer, other work on the machine has taken.
@@ -144,104 +138,3 @@ def as_text(number: float, scale: float) -> str:
     """Return a number with as many digits as its column's size, `scale`, deserves."""
     digits = 0 if abs(scale) >= 100 else 1 if abs(scale) >= 10 else 3
     return f"{number:,.{digits}f}"
-
-
-def curves(suite: Suite, records: list[dict[str, Any]]) -> dict[str, list[Line]]:
-    """Return the suite's measure against what was spent, one panel a currency, one line a row."""
-    ((_, measures),) = suite.curve.items()
-    panels: dict[str, list[Line]] = {}
-    for heading, currency in SPENT.items():
-        for row in suite.rows:
-            mine = [r["points"] for r in records if r["row"] == row and "points" in r]
-            runs = [[spread(point) for point in points] for points in mine]
-            every = [point for points in runs for point in points]
-            known = [m for m in several(measures) if all(isinstance(p.get(m), int | float) for p in every)]
-            if not every or not known:
-                continue
-            measure = known[0]
-            # one that stopped early (`patience`) has no say after it
-            at = [{point["update"]: point for point in points} for points in runs]
-            steps = [[points[u] for points in at] for u in sorted(set.intersection(*map(set, at)))]
-            middle, half = zip(*(interval([p[measure] for p in step]) for step in steps), strict=True)
-            name = f"spent/{currency}"
-            spent = [_over_seeds(name, [point[name] for point in step])[0] for step in steps]
-            band = [h or 0.0 for h in half]
-            panels.setdefault(heading, []).append(Line(row, spent, list(middle), band))
-    return panels
-
-
-def over_setting(suite: Suite, rows: list[dict[str, Any]]) -> dict[str, list[Line]]:
-    """Return the suite's measures against the setting that its rows differ in, one panel a measure."""
-    by_name = {row["method"]: row for row in rows}
-    panels: dict[str, list[Line]] = {}
-    for title, measures in suite.curve.items():
-        for line, values in suite.lines().items():
-            points = []
-            for name, x in values.items():
-                row = by_name.get(name, {})
-                measure = first_of(measures, row)
-                if measure in row:
-                    points.append((x, row[measure], row[f"{measure}_ci95"] or 0.0))
-            if points:
-                panels.setdefault(title, []).append(Line(line, *zip(*sorted(points), strict=True)))
-    return panels
-
-
-def over_training(
-    points: list[dict[str, Any]], columns: Mapping[str, str | list[str]]
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Return each of a run's measures against the pictures drawn, where two evaluations or more have it."""
-    panels = {}
-    for title, measures in columns.items():
-        key = first_of(measures, points[-1])
-        known = [point for point in points if isinstance(point.get(key), int | float)]
-        if len(known) > 1:
-            panels[title] = ([point["spent/pictures"] for point in known], [point[key] for point in known])
-    return panels
-
-
-def report(
-    name: str, suite: Suite, records: list[dict[str, Any]], trials: list[dict[str, Any]], out: Path
-) -> list[dict[str, Any]]:
-    """Write `<name>.json` and, if the suite has a curve, `<name>.png`; return the rows.
-
-    Raises:
-        DiffRLError: a column or the curve is a measure that no cell has.
-    """
-    rows = store(name, suite, records, trials, out)
-    # a null, or a sentence that says what is not installed, is a measure too: it shows as "-"
-    last = [record["points"][-1] for record in records if "points" in record]
-    known = {measure for point in last for measure in spread(point)}
-    if any(row["n_seeds"] for row in rows):
-        for measures in (*suite.columns.values(), *suite.curve.values()):
-            if not known & set(several(measures)):
-                raise unknown("measure", several(measures)[0], [m for m in known if "/" in m])
-        for heading in suite.against:
-            if panels := over_setting(suite, rows):
-                sweep(panels, heading).save(out / f"{name}.png")
-        if suite.curve and not suite.against and (panels := curves(suite, records)):
-            learning(panels, next(iter(suite.curve))).save(out / f"{name}.png")
-    return rows
-
-
-def store(
-    name: str, suite: Suite, records: list[dict[str, Any]], trials: list[dict[str, Any]], out: Path
-) -> list[dict[str, Any]]:
-    """Write the records so far to `<name>.json`, and return their rows."""
-    rows = summarise(name, records)
-    stored = {"suite": name, "settings": asdict(suite), "rows": rows, "cells": records}
-    stored |= {"trials": trials} if trials else {}
-    out.mkdir(parents=True, exist_ok=True)
-    draft = out / f"{name}.json.tmp"
-    draft.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-    draft.replace(out / f"{name}.json")
-    return rows
-
-
-def stored_records(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the records of cells and of trials in a suite's result; none where there is no whole one."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result["cells"], result.get("trials", [])
-    except (OSError, ValueError, KeyError, TypeError):
-        return [], []

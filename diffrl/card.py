@@ -10,13 +10,14 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from diffrl import __version__, settings_file
 from diffrl import config as settings
+from diffrl.benchmarks.charts import over_training
 from diffrl.benchmarks.compare import points_of
-from diffrl.benchmarks.summary import as_text, over_training
+from diffrl.benchmarks.summary import as_text
 from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.envs.emoji import Emoji
 from diffrl.evaluate import picture_grid
-from diffrl.plot import training
+from diffrl.plot import picture, training
 from diffrl.policy import Policy
 from diffrl.restore import measure
 from diffrl.rewards.log_likelihood import LogLikelihood
@@ -144,5 +145,5 @@ def _draw_curves(run: Path, path: Path) -> bool:
     points = list(points_of(run)) if (run / "metrics.jsonl").is_file() else []
     panels = over_training(points, _CURVES) if points else {}
     if panels:
-        training(panels, "pictures drawn").save(path)
+        picture(training, panels, "pictures drawn", len(panels)).save(path)
     return bool(panels)

@@ -4,7 +4,7 @@ Shapes: n grid points.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import EngFormatter, NullLocator
 from PIL import Image
 from torch import Tensor
 
@@ -37,6 +37,7 @@ _ON_A_PAGE: dict[Any, Any] = {
     ),
     "grid.color": "#88888855",
     "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "diffrl",  # the same numbers give the same file
 }
 
 
@@ -61,7 +62,10 @@ class Line:
     band: Sequence[float]
 
 
-Panels: TypeAlias = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+Panels: TypeAlias = Mapping[str, Sequence[Line]]
+"""Lines of each panel, by its heading."""
+
+Series: TypeAlias = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """What each measure was, and when: `{measure: (x, y)}`."""
 
 
@@ -95,57 +99,20 @@ def densities(points: Tensor, curves: Sequence[Sequence[Curve]], titles: Sequenc
         return _picture(figure)
 
 
-def learning(panels: Mapping[str, Sequence[Line]], measure: str) -> Image.Image:
-    """Return one panel a currency, `{what was spent: its lines}`, side by side, and a legend above."""
+def picture(draw: Callable[..., Figure], *args: Any) -> Image.Image:
+    """Return the figure that one of the functions below draws of its arguments, as a picture."""
     with matplotlib.rc_context(_STYLE):
-        return _picture(_learning(panels, measure))
+        return _picture(draw(*args))
 
 
-def training(panels: Panels, x_name: str) -> Image.Image:
-    """Return one panel a measure, side by side, each on a scale of its own."""
-    with matplotlib.rc_context(_STYLE):
-        return _picture(_training(panels, x_name, len(panels)))
-
-
-def training_svg(panels: Panels, x_name: str) -> str:
-    """Return the same as an SVG element whose text takes the page's colour, three panels a row."""
-    with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": x_name}):
-        return _svg(_training(panels, x_name, 3))
-
-
-def learning_svg(panels: Mapping[str, Sequence[Line]], measure: str) -> str:
+def svg(draw: Callable[..., Figure], *args: Any) -> str:
     """Return the same as an SVG element whose text takes the page's colour."""
-    with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": measure}):
-        return _svg(_learning(panels, measure))
+    with matplotlib.rc_context(_STYLE | _ON_A_PAGE):
+        return _svg(draw(*args))
 
 
-def sweep(panels: Mapping[str, Sequence[Line]], setting: str) -> Image.Image:
-    """Return one panel a measure, `{measure: its lines}`, over a setting on a logarithmic scale."""
-    with matplotlib.rc_context(_STYLE):
-        return _picture(_sweep(panels, setting))
-
-
-def sweep_svg(panels: Mapping[str, Sequence[Line]], setting: str) -> str:
-    """Return the same as an SVG element whose text takes the page's colour."""
-    with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": setting}):
-        return _svg(_sweep(panels, setting))
-
-
-def frontier_svg(points: Mapping[str, tuple[float, float]], x_name: str, y_name: str) -> str:
-    """Return named points, `{name: (x, y)}`, as an SVG element; x on a logarithmic scale from 1."""
-    with matplotlib.rc_context(_STYLE | _ON_A_PAGE | {"svg.hashsalt": x_name}):
-        figure = Figure((1.7 * _PANEL[0], 1.3 * _PANEL[1]), layout="constrained")
-        axes = figure.subplots()
-        for name, (x, y) in points.items():
-            axes.plot([x], [y], "o")
-            axes.annotate(name, (x, y), (7, 0), textcoords="offset points", va="center", fontsize="small")
-        axes.set(xlabel=x_name, ylabel=y_name)
-        axes.set_xscale("symlog", linthresh=1)
-        axes.margins(x=0.15)
-        return _svg(figure)
-
-
-def _training(panels: Panels, x_name: str, columns: int) -> Figure:
+def training(panels: Series, x_name: str, columns: int) -> Figure:
+    """Return one panel a measure, each on a scale of its own, so many a row."""
     figure, every = _grid(len(panels), columns, 0)
     for axes, (measure, (x, y)) in zip(every, panels.items(), strict=True):
         axes.plot(x, y, marker="o", markersize=3)
@@ -154,11 +121,35 @@ def _training(panels: Panels, x_name: str, columns: int) -> Figure:
     return figure
 
 
-def _sweep(panels: Mapping[str, Sequence[Line]], setting: str) -> Figure:
-    columns = min(len(panels), 3)
-    figure, every = _grid(len(panels), columns, 1)
+def learning(panels: Panels, measure: str) -> Figure:
+    """Return one panel a currency, `{what was spent: its lines}`, side by side, and a legend above."""
+    count = max(len(lines) for lines in panels.values())
+    figure = _figure(len(panels), -(-count // 4))
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (currency, lines) in zip(every, panels.items(), strict=True):
+        _draw(axes, lines, panels)
+        axes.set(xlabel=currency)
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+    every[0].set(ylabel=measure)
+    _legend(figure, 4)
+    return figure
+
+
+def frontier(panels: Panels, measure: str) -> Figure:
+    """Return one panel a price, `{price: points by name}`, as `learning`, on logarithmic scales from 1."""
+    figure = learning(panels, measure)
+    for axes in figure.axes:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.margins(x=0.1)
+    return figure
+
+
+def sweep(panels: Panels, setting: str) -> Figure:
+    """Return one panel a measure, `{measure: its lines}`, over a setting on a logarithmic scale."""
+    figure, every = _grid(len(panels), min(len(panels), 3), 1)
     for axes, (measure, lines) in zip(every, panels.items(), strict=True):
-        _draw(axes, lines)
+        _draw(axes, lines, panels)
         axes.set(title=measure, xlabel=setting)
         values = sorted({x for line in lines for x in line.x})
         axes.set_xscale("symlog", linthresh=min((x for x in values if x > 0), default=1))  # one may be 0
@@ -168,25 +159,17 @@ def _sweep(panels: Mapping[str, Sequence[Line]], setting: str) -> Figure:
     return figure
 
 
-def _learning(panels: Mapping[str, Sequence[Line]], measure: str) -> Figure:
-    count = max(len(lines) for lines in panels.values())
-    figure = _figure(len(panels), -(-count // 4))
-    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (currency, lines) in zip(every, panels.items(), strict=True):
-        _draw(axes, lines)
-        axes.set(xlabel=currency)
-        axes.xaxis.set_major_formatter("{x:,.10g}")
-    every[0].set(ylabel=measure)
-    _legend(figure, 4)
-    return figure
-
-
-def _draw(axes: Axes, lines: Sequence[Line]) -> None:
-    """Draw each line with its interval, in a colour of its own."""
+def _draw(axes: Axes, lines: Sequence[Line], panels: Panels) -> None:
+    """Draw each line with its interval, in one colour in all `panels`; one point gets an error bar."""
+    names = list(dict.fromkeys(line.name for every in panels.values() for line in every))
     for line in lines:
+        color = f"C{names.index(line.name)}"
+        if len(line.x) == 1:
+            axes.errorbar(line.x, line.y, line.band, fmt="o", color=color, label=line.name)
+            continue
         low, high = zip(*((y - b, y + b) for y, b in zip(line.y, line.band, strict=True)), strict=True)
-        (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=3, label=line.name)
-        axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.15, lw=0)
+        axes.plot(line.x, line.y, color=color, marker="o", markersize=3, label=line.name)
+        axes.fill_between(line.x, low, high, color=color, alpha=0.15, lw=0)
 
 
 def _grid(number: int, columns: int, legend_rows: int) -> tuple[Figure, list[Axes]]:

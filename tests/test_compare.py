@@ -9,7 +9,7 @@ from small_suite import ROWS, SETTINGS, words, write
 from test_cli import fails
 
 from diffrl import config, settings_file
-from diffrl.benchmarks import compare, suites, summary
+from diffrl.benchmarks import compare, result, suites, summary
 from diffrl.cli import main
 
 
@@ -113,7 +113,7 @@ def test_the_result_alone_is_enough_to_go_on(done, monkeypatch, capsys, tmp_path
     assert "ctrl-gamma-1-seed0: the suite's result holds it, but of other settings" in message
     stored = []
     monkeypatch.setattr(
-        summary, "store", lambda *args: stored.append(args[2]) or summary.summarise("", args[2])
+        result, "store", lambda *args: stored.append(args[2]) or summary.summarise("", args[2])
     )
     assert main(words(path, "--seeds", "3", "--out", str(kept))) == 0
     assert [len(cells) for cells in stored] == [5, 6, 6]

@@ -8,7 +8,7 @@ from PIL import Image
 from test_cli import fails
 
 from diffrl import config, settings_file
-from diffrl.benchmarks.summary import over_training
+from diffrl.benchmarks.charts import over_training
 from diffrl.cli import main
 
 COLUMNS = {"accuracy": "eval/accuracy", "KL (nats)": "eval/kl_nats"}

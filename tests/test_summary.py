@@ -4,7 +4,7 @@ import math
 
 from conftest import assert_close
 
-from diffrl.benchmarks import suites, summary
+from diffrl.benchmarks import charts, result, suites, summary
 from diffrl.log import print_wide
 
 
@@ -45,20 +45,20 @@ def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them():
     records = [cell(0, 1.0, 10.0, 20.0), cell(1, 3.0, 15.0, 90.0)]
     (row,) = summary.summarise("s", records)
     assert (row["spent/seconds"], row["spent/seconds_ci95"]) == (20.0, None)
-    assert summary._over_seeds("eval/seconds_per_image", [0.5, 0.25]) == (0.25, None)
+    assert summary.over_seeds("eval/seconds_per_image", [0.5, 0.25]) == (0.25, None)
     assert row["spent/pictures"] == 440.0
     for record in records:
         for update, point in enumerate(record["points"]):
             point |= {"spent/network_calls": 1.0, "update": update}
     suite = suites.Suite(rows={"a": []}, columns={"r": "reward"}, curve={"r": "reward"})
-    panels = summary.curves(suite, records)
+    panels = charts.curves(suite, records)
     assert panels["seconds"][0].x == [10.0, 20.0]
     assert panels["pictures drawn"][0].x == [100.0, 440.0]
     assert panels["seconds"][0].y == [2.0, 2.0]
     odd = suites.Suite(rows={"a": []}, columns={}, curve={"r": ["update_", "reward"]})
-    assert summary.curves(odd, records)["seconds"][0].y == [2.0, 2.0]  # the first that all points have
+    assert charts.curves(odd, records)["seconds"][0].y == [2.0, 2.0]  # the first that all points have
     records[0]["points"].append(records[0]["points"][-1] | {"update": 2})  # the other seed stopped before
-    assert summary.curves(suite, records)["seconds"][0].x == [10.0, 20.0]
+    assert charts.curves(suite, records)["seconds"][0].x == [10.0, 20.0]
 
 
 SWEEP = {
@@ -82,7 +82,7 @@ def test_a_setting_that_the_rows_differ_in_is_the_axis_in_its_order():
         {"method": row, "m": float(at), "m_ci95": None, "n": 9.0, "n_ci95": 0.5}
         for at, row in enumerate(done)
     ]
-    panels = summary.over_setting(suites.Suite(**SWEEP), rows)
+    panels = charts.over_setting(suites.Suite(**SWEEP), rows)
     assert {title: [line.name for line in lines] for title, lines in panels.items()} == {
         "r": ["ctrl", "b"],
         "s": ["ctrl", "b"],
@@ -97,8 +97,36 @@ def test_a_setting_that_the_rows_differ_in_is_the_axis_in_its_order():
 def test_a_sweep_is_a_picture_beside_its_numbers(tmp_path):
     point = {"m": 1.0, "n": 2.0, "spent/pictures": 1.0}
     cell = {"row": "b", "seed": 0, "minutes": 1.0, "points": [point]}
-    summary.report("s", suites.Suite(**SWEEP), [cell], [], tmp_path)
+    result.finish("s", suites.Suite(**SWEEP), [cell], [], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.png"]
+
+
+def test_accuracy_against_its_price_has_a_point_for_each_row_that_pays_it(tmp_path):
+    def cell(row, accuracy, kl, calls):
+        point = {"eval/accuracy": accuracy, "eval/kl_nats": kl, "eval/nfe_per_image": calls}
+        return {"row": row, "seed": 0, "minutes": 1.0, "points": [point]}
+
+    records = [
+        cell("svdd", 0.75, None, 181.0),
+        cell("ctrl", 0.5, 100.0, 10.0),
+        cell("none", 0.25, 0.0, 10.0),
+    ]
+    suite = suites.Suite(rows={"svdd": [], "ctrl": [], "none": []}, columns={"a": "eval/accuracy"})
+    rows = result.finish("s", suite, records, [], tmp_path)
+    (chart,) = charts.charts(suite, records, rows)
+    panels, _ = chart.data
+    assert {
+        title: {line.name: (*line.x, *line.y) for line in lines} for title, lines in panels.items()
+    } == {
+        "KL to the pretrained model (nats)": {"ctrl": (100.0, 0.5), "none": (0.0, 0.25)},
+        "network calls a picture": {"svdd": (181.0, 0.75), "ctrl": (10.0, 0.5), "none": (10.0, 0.25)},
+    }
+    calls, kl = chart.figure(*chart.data).axes
+    colors = [{bar.get_label(): bar[0].get_color() for bar in axes.containers} for axes in (calls, kl)]
+    assert {name: colors[0][name] for name in colors[1]} == colors[1]  # though svdd is in one alone
+    assert len(set(colors[0].values())) == 3
+    assert (tmp_path / "s.png").is_file()
+    assert charts.prices(rows[1:2]) == {}  # one point compares nothing
 
 
 def test_a_record_has_the_bare_names_of_an_evaluation():

@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train what is not done yet, write the result and show it."""
-    from diffrl.benchmarks import compare, suites, summary
+    from diffrl.benchmarks import compare, result, suites, summary
     from diffrl.log import console, print_wide
 
     chosen = [word for word in options.words if word.startswith("suite=")]
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     name += "-quick" if options.quick else ""
     folder = options.root / name
     out = options.out or folder
-    earlier = summary.stored_records(out / f"{name}.json")
+    earlier = result.read(out / f"{name}.json")
     if "verify" in options.words:
         _verify(compare.read(folder) or earlier[0], suite, folder)
         return
@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> None:
         jobs=options.jobs,
         quick=options.quick,
         earlier=earlier,
-        save=lambda cells, trials: summary.store(name, suite, cells, trials, out),
+        save=lambda cells, trials: result.store(name, suite, cells, trials, out),
     )
-    rows = summary.report(name, suite, records, trials, out)
+    rows = result.finish(name, suite, records, trials, out)
     if options.json:
         for row in rows:
             print(json.dumps(summary.bare(row)))
