@@ -1,0 +1,162 @@
+"""Which setting gives the least variance a second? Gradients of one run's policy, drawn again and again.
+
+    python -m diffrl.benchmarks.gradients RUN algo.kl_steps=1 algo.kl_steps=2 algo.truncation.count=2
+
+Each argument after the run is one row: settings of its algorithm, several joined by '+'. Rows take turns,
+and no step is taken. A mean over updates comes as far in a second with twice the variance in half the time:
+the last column is variance x seconds, as a ratio to the first row's. Only rows of one expectation compare:
+`mean` is the cosine of a row's mean gradient and the first row's, `noise` is the norm of the standard
+deviation over that of the mean.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor
+from torch.optim import SGD
+
+from diffrl import weights
+from diffrl.algorithms.base import Algorithm
+from diffrl.benchmarks.compare import provenance
+from diffrl.build import Setup
+from diffrl.errors import DiffRLError
+from diffrl.log import console, print_wide, progress
+from diffrl.policy import Policy
+from diffrl.restore import settings_of, untrained
+from diffrl.types import Reward, Trajectory
+
+_EPISODES, _ACTIONS = 0, 1  # streams of random numbers, of a round each
+
+
+def measure(run: Path, rows: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """Return a record a row: seconds and variance of its gradient of a batch at the run's weights.
+
+    Args:
+        run: a finished run's folder.
+        rows: `algo.key=value` words, several joined by '+'; none of the batch's size.
+        rounds: gradients a row, 2 or more.
+
+    Raises:
+        DiffRLError: a word that is no setting of the algorithm, or too few rounds.
+    """
+    if rounds < 2:
+        raise DiffRLError(f"--rounds {rounds}: must be 2 or more, for a variance.")
+    algos = [replace(_algorithm(run, row.split("+")), max_grad_norm=math.inf) for row in rows]
+    setup, policy, reward = untrained(run, settings_of(run))
+    weights.load(policy, run)
+    found: list[list[Tensor]] = [[] for _ in rows]
+    seconds: list[list[float]] = [[] for _ in rows]
+    with progress("gradients", rounds * len(rows)) as bar:
+        for number in range(rounds):
+            for algo, gradients, times in zip(algos, found, seconds, strict=True):
+                begin = time.perf_counter()
+                gradients.append(gradient(setup, policy, reward, replace(algo), number))
+                times.append(time.perf_counter() - begin)
+                bar.advance()
+    return compared(rows, [torch.stack(gradients) for gradients in found], seconds)
+
+
+def gradient(setup: Setup, policy: Policy, reward: Reward, algo: Algorithm, number: int) -> Tensor:
+    """Return the gradient of one batch, flat, as the optimiser is given it; `number` seeds its noise."""
+    env = setup.make_env(reward, algo.micro_batch_size)
+    recorder = _Recorder([*policy.lora_parameters(), *policy.embedding_parameters()])
+
+    def batch() -> Iterator[Trajectory]:
+        for part in range(algo.batch_size // algo.micro_batch_size):
+            env.reset(seed=setup.seed(_EPISODES, number, part))
+            yield algo.collect(env, policy, setup.generator(_ACTIONS, number, part))
+
+    algo.update(batch(), policy, recorder)
+    return recorder.last
+
+
+def compared(
+    rows: Sequence[str], gradients: Sequence[Tensor], seconds: Sequence[Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Return a record a row from its gradients `[rounds, parameters]` and the seconds each took."""
+    records: list[dict[str, Any]] = []
+    first = gradients[0].mean(0)
+    for row, drawn, times in zip(rows, gradients, seconds, strict=True):
+        mean, variance = drawn.mean(0), float(drawn.var(0).sum())
+        records.append(
+            {
+                "settings": row,
+                "rounds": len(drawn),
+                "seconds": statistics.median(times),
+                "variance": variance,
+                "noise": math.sqrt(variance) / float(mean.norm()),
+                "mean": float(torch.cosine_similarity(mean, first, dim=0)),
+            }
+        )
+    price = records[0]["variance"] * records[0]["seconds"]
+    return [each | {"variance_seconds": each["variance"] * each["seconds"] / price} for each in records]
+
+
+class _Recorder(SGD):
+    """Takes no step: it keeps the gradient that it is given."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        super().__init__(parameters, lr=0.0)
+        self.last = torch.empty(0)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = self.param_groups[0]["params"]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.last = torch.cat([part.flatten() for part in parts]).cpu()
+
+
+def _algorithm(run: Path, words: list[str]) -> Algorithm:
+    """Return the run's algorithm with other settings."""
+    for word in words:
+        if not word.startswith("algo."):
+            raise DiffRLError(f"{word}: no setting of the algorithm; give words such as algo.kl_steps=2.")
+        if word.partition("=")[0] in ("algo.batch_size", "algo.micro_batch_size"):
+            raise DiffRLError(f"{word}: rows compare at the run's own batch; leave it out.")
+    return settings_of(run, words).algo
+
+
+def main() -> int:
+    """Measure, print the table, and return the exit code: 0, or 2 for a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="diffrl.benchmarks.gradients",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("rows", nargs="+", metavar="algo.key=value", help="a row each, '+' joins several")
+    parser.add_argument("--rounds", type=int, default=32, help="gradients a row (default 32)")
+    parser.add_argument("--out", type=Path, help="also write the records to this file, as JSON")
+    options = parser.parse_args()
+    try:
+        records = measure(options.run, options.rows, options.rounds)
+    except DiffRLError as error:
+        print(f"gradients: {error}", file=sys.stderr)
+        return 2
+    if options.out:
+        stored = {"rows": records} | provenance()
+        options.out.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    table = Table(box=box.MARKDOWN)
+    for heading in ("settings", "seconds", "noise", "mean", "variance x seconds"):
+        table.add_column(heading, justify="left" if heading == "settings" else "right", no_wrap=True)
+    for record in records:
+        numbers = (record[name] for name in ("seconds", "noise", "mean", "variance_seconds"))
+        table.add_row(record["settings"], *(f"{number:.3f}" for number in numbers))
+    print_wide(table)
+    if options.out:
+        console.print(f"{options.out} has every number")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
