@@ -148,6 +148,32 @@ def test_more_processes_than_micro_batches_are_refused(tiny_path, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
+BROKEN = """
+import os
+calls = 0
+
+def scorer(images, context):
+    global calls
+    calls += 1
+    if calls > 20 and os.environ["RANK"] == "1":
+        raise OSError("the scorer's socket is gone")
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_one_that_fails_ends_the_others_with_its_error_shown(alone, tiny_path, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    reward = f"reward={tmp_path / 'broken.py'}:scorer"
+    words = [*commands(tiny_path, tmp_path, ["ddpo"])[0], reward, "algo.updates=100000"]
+    run = launch(2, [words], alone[1], tmp_path / "log")
+    run.join(90)  # its start, and a minute
+    said = (tmp_path / "log").read_text()
+    assert run.exitcode, said
+    assert "the scorer's socket is gone" in said
+    assert "update 0:" in said  # it had begun
+    assert list((tmp_path / "ddpo" / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("how", ["dies", "interrupted"])
 def test_one_that_dies_and_ctrl_c_end_them_all(how, alone, tiny_path, tmp_path):
     """The one that dies ends the others with its error; Ctrl-C leaves a run that can be resumed."""
@@ -164,7 +190,7 @@ def test_one_that_dies_and_ctrl_c_end_them_all(how, alone, tiny_path, tmp_path):
         os.kill(children[1], signal.SIGKILL)
     else:
         os.kill(run.pid, signal.SIGINT)
-    run.join(120)
+    run.join(60)
     assert run.exitcode
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     if how == "dies":
