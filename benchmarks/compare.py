@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,7 @@ def provenance() -> dict[str, str]:
         "version": __version__,
         "commit": found.stdout.strip() if found and not found.returncode else "not a checkout",
         "torch": torch.__version__,
+        **{name: version(name) for name in ("diffusers", "transformers", "peft")},
         "python": sys.version.split()[0],
         "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
     }

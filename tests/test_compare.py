@@ -58,7 +58,7 @@ def test_a_cell_records_what_its_numbers_depend_on(done):
     cell = json.loads((done.parent / "cells/mine/ctrl-gamma-1-seed1/cell.json").read_text())
     assert cell["command"].startswith("diffrl train env=gaussian_mixture")
     assert cell["command"].endswith("seed=1")
-    assert {"version", "commit", "torch", "python", "hardware", "minutes"} <= cell.keys()
+    assert {"version", "commit", "torch", "diffusers", "python", "hardware", "minutes"} <= cell.keys()
 
 
 def test_a_record_that_is_cut_short_is_none(tmp_path):
