@@ -182,9 +182,12 @@ class ExactSolver:
         half = int(sigma * (_REACH + sigma * slope) / spacing) + 1
         width = min(2 * half + 1, len(self.points))
         first = ((mean - self.points[0]) / spacing).round().long() - half
-        columns = first.clamp(0, len(self.points) - width)[:, None] + torch.arange(width)
-        exponent = -((self.points[columns] - mean[:, None]) / sigma).square() / 2
-        return Kernel(columns, exponent - exponent.logsumexp(1, keepdim=True))
+        first = first.clamp(0, len(self.points) - width)
+        reached = self.points.unfold(0, width, 1)[first]
+        exponent = (reached - mean[:, None]).square() / (-2 * sigma**2)
+        # no largest one need be taken out first: the point next to the mean has an exponent of about 0
+        log_prob = exponent - exponent.exp().sum(1, keepdim=True).log()
+        return Kernel(first[:, None] + torch.arange(width), log_prob)
 
     def _outside(self, mean: Tensor, i: int) -> Tensor:
         """Return the probability of each row's Gaussian beyond the grid, `[n]`."""
