@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from diffrl import config, settings_file
+from diffrl.envs.sd15 import SD15
 from diffrl.errors import DiffRLError
 
 
@@ -53,6 +54,16 @@ def test_wherever_it_is_cut_short_it_is_refused(stored):
     stored.write_text("".join(lines[:-1]))
     with pytest.raises(DiffRLError, match="it is cut short: its last setting, 'eval_scales', is missing"):
         settings_file.read(stored)
+
+
+PRESETS = sorted(path.stem for path in (config.CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_whose_updates_take_minutes_keeps_each_of_them(preset):
+    chosen = config.load([f"+experiment={preset}"])
+    if type(chosen.env) is SD15 and chosen.algo.updates > 1:
+        assert chosen.checkpoint_every == 1
 
 
 TABLE = """
