@@ -6,7 +6,8 @@ one process alone, however many there are. One process goes through the same lin
 """
 
 import atexit
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -25,8 +26,22 @@ def join(device: torch.device) -> torch.device:
     begun = PartialState._shared_state != {}
     state = PartialState(cpu=device.type == "cpu", timeout=_LONGEST_WAIT)
     if state.num_processes > 1 and not begun:
-        atexit.register(state.destroy_process_group)  # else its threads may end the process with an abort
+        atexit.register(_leave)  # else its threads may end the process with an abort
     return device if state.num_processes == 1 else state.device
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let an error end us at once: taking leave waits for the others, who may be waiting for our part."""
+    try:
+        yield
+    except Exception:
+        atexit.unregister(_leave)
+        raise
+
+
+def _leave() -> None:
+    PartialState().destroy_process_group()
 
 
 def count() -> int:

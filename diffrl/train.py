@@ -35,6 +35,7 @@ from diffrl.stop import StopSignals
 _ELSEWHERE = "Make room, or give another root=FOLDER, and begin again."
 
 
+@processes.together()
 def train(config: Config) -> Path:
     """Fit the reward if it is a learned one, train the policy, and return the run's folder.
 
@@ -81,6 +82,7 @@ def train(config: Config) -> Path:
         return _finish(run, begin)
 
 
+@processes.together()
 def resume(folder: Path, overrides: Sequence[str] = ()) -> Path:
     """Go on with a run from its last checkpoint that is whole, and return its folder.
 

@@ -148,6 +148,19 @@ def test_more_processes_than_micro_batches_are_refused(tiny_path, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
+def test_who_fails_takes_no_leave_of_others_that_wait_for_it(monkeypatch):
+    left = []
+    monkeypatch.setattr(processes.atexit, "unregister", left.append)
+    with processes.together():
+        pass
+    with pytest.raises(KeyboardInterrupt), processes.together():  # all of them hear it
+        raise KeyboardInterrupt
+    assert not left
+    with pytest.raises(ValueError, match="of one alone"), processes.together():
+        raise ValueError("of one alone")
+    assert left == [processes._leave]
+
+
 BROKEN = """
 import os
 calls = 0
