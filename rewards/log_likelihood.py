@@ -93,8 +93,8 @@ class Attribute(nn.Module):
         self.report = report
 
     def true_class(self, images: Tensor) -> Tensor:
-        """Return the class by the true measure, never by the classifier, `[N]`."""
-        return self.measure.class_of(self.measure.of(images), self.edges.cpu())
+        """Return the class by the true measure, never by the classifier, `[N]`, on the CPU."""
+        return self.measure.class_of(self.measure.of(images).cpu(), self.edges.cpu())
 
     def class_of(self, batch: Batch) -> Tensor:
         """Return the class of each picture of a data set: its label, or by its score, or true, `[B]`."""

@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -253,6 +254,19 @@ class TestLogLikelihood:
         attribute.classifier.head[-1].bias.fill_(0)
         attribute.classifier.head[-1].weight.fill_(0)
         assert reward.true_class(images)[:, 0].tolist() == expected.tolist()
+
+    def test_true_classes_are_on_the_cpu_wherever_a_network_measures(self):
+        """As those of JPEG sizes are: of several attributes, all lie beside one another."""
+
+        class OnTheGPU:
+            def cpu(self):
+                return torch.tensor([1.0, 9.0])
+
+        reward = self.reward()
+        (attribute,) = reward.attributes
+        attribute.measure = replace(attribute.measure, of=lambda images: OnTheGPU())
+        attribute.edges = torch.tensor([2.0, 3.0])
+        assert sorted(reward.true_class(pictures(2))[:, 0].tolist()) == [0, 2]
 
     @pytest.mark.parametrize("features", ["dct", "cnn"])
     def test_saving_and_loading_gives_the_same_reward(self, tmp_path, features):
