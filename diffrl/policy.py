@@ -70,8 +70,9 @@ class Policy(nn.Module):
         guidance_scale: w in eps_u + w (eps_c - eps_u); at 1 the unconditional half is not run.
         num_classes: of each attribute of the label.
         lora: size and place of the adapters.
-        checkpointing: recompute each step's network call in the backward pass instead of keeping its
-            activations, so that memory does not grow with T. A small network is faster without.
+        checkpointing: in a chain of steps, recompute each one's network call in the backward pass instead
+            of keeping its activations, so that memory does not grow with T. A small network is faster
+            without; a single call would be run again for the very memory that it has given up.
         seed: of the adapters' random halves.
     """
 
@@ -130,21 +131,22 @@ class Policy(nn.Module):
         """Return the label embedding's weights, a table for each attribute."""
         return list(self.label_embedding.parameters())
 
-    def forward(self, obs: Observation) -> Independent:
-        """Return the law of x_{t-1} at `obs`, event shape [C, H, W]."""
-        return self.schedule.step(obs["latents"], self.noise(obs), obs["timestep"])
+    def forward(self, obs: Observation, *, in_chain: bool = False) -> Independent:
+        """Return the law of x_{t-1} at `obs`, event shape [C, H, W]; see `noise`."""
+        return self.schedule.step(obs["latents"], self.noise(obs, in_chain=in_chain), obs["timestep"])
 
-    def noise(self, obs: Observation) -> Tensor:
+    def noise(self, obs: Observation, *, in_chain: bool = False) -> Tensor:
         """Return the noise prediction that the law of x_{t-1} is made of, `[N, C, H, W]`.
 
+        `in_chain`: its graph will be held together with other calls', so that checkpointing saves memory.
         With `control_scale` s other than 1, eps = eps_ref + s (eps - eps_ref): the strength of the
         control at inference (CTRL, appendix D); 0 runs the pretrained model alone.
         """
         if self.control_scale == 0.0:
-            return self._guided(obs, self._no_label(obs), adapters=False)
-        eps = self._guided(obs, obs["label"], adapters=True)
+            return self._guided(obs, self._no_label(obs), adapters=False, in_chain=in_chain)
+        eps = self._guided(obs, obs["label"], adapters=True, in_chain=in_chain)
         if self.control_scale != 1.0:
-            reference = self._guided(obs, self._no_label(obs), adapters=False)
+            reference = self._guided(obs, self._no_label(obs), adapters=False, in_chain=in_chain)
             eps = reference + self.control_scale * (eps - reference)
         return eps
 
@@ -153,7 +155,7 @@ class Policy(nn.Module):
 
         It is frozen in its weights, not cut from the graph: its mean depends on x_t.
         """
-        eps = self._guided(obs, self._no_label(obs), adapters=False)
+        eps = self._guided(obs, self._no_label(obs), adapters=False, in_chain=True)
         return self.schedule.step(obs["latents"], eps, obs["timestep"])
 
     def posterior_mean(self, obs: Observation) -> Tensor:
@@ -162,7 +164,7 @@ class Policy(nn.Module):
         Its Jacobian by x_t is sqrt(A) / (1 - A) times the covariance of x_0 given x_t: where the pretrained
         pictures may still go, and how far. With guidance it is the guided prediction, which is no mean.
         """
-        eps = self._guided(obs, self._no_label(obs), adapters=False)
+        eps = self._guided(obs, self._no_label(obs), adapters=False, in_chain=True)
         return self.schedule.predict_x_0(obs["latents"], eps, obs["timestep"])
 
     def begin(self, obs: Observation) -> None:
@@ -170,7 +172,7 @@ class Policy(nn.Module):
 
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
         """Return a reparameterised draw of x_{t-1}."""
-        distribution = self(obs)
+        distribution = self(obs, in_chain=True)
         return ActorStep(draw(distribution, generator), distribution)
 
     def eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
@@ -199,10 +201,12 @@ class Policy(nn.Module):
         }
         return self._guided(obs, label, adapters=True)
 
-    def _guided(self, obs: Observation, label: Tensor, *, adapters: bool) -> Tensor:
+    def _guided(
+        self, obs: Observation, label: Tensor, *, adapters: bool, in_chain: bool = False
+    ) -> Tensor:
         inputs = (obs["latents"], obs["timestep"], obs["prompt_embeds"], label, adapters)
         self.num_calls += len(label) * self.calls_per_step
-        if not (self.checkpointing and torch.is_grad_enabled()):
+        if not (in_chain and self.checkpointing and torch.is_grad_enabled()):
             return self._guided_eps(*inputs)
         return checkpoint(self._guided_eps, *inputs, use_reentrant=False, preserve_rng_state=False)
 

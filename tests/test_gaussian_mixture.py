@@ -116,7 +116,7 @@ class TestDenoiser:
         with torch.no_grad():
             for p in policy.lora_parameters():
                 p += 0.1
-        policy(obs).mean.square().sum().backward()
+        policy(obs, in_chain=True).mean.square().sum().backward()
         trainable = [*policy.lora_parameters(), *policy.label_embedding.parameters()]
         assert len(trainable) == 2 * 3 + 1  # A and B of the three layers; the labels
         for name, p in policy.named_parameters():

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import assert_close
 from test_policy import learn_a_little, make_policy
+from torch.optim import SGD
 
 from diffrl.algorithms.ctrl import CTRL
+from diffrl.algorithms.ddpo import DDPO
 from diffrl.algorithms.truncation import Truncation
 from diffrl.benchmarks import cost, throughput
 from diffrl.benchmarks.plain import PlainLoop
@@ -85,6 +87,21 @@ def halves_apart(policy, env, monkeypatch):
         return unconditional + policy.guidance_scale * (conditional - unconditional)
 
     monkeypatch.setattr(policy, "_guided_eps", guided)
+
+
+def test_only_a_chain_of_steps_is_run_again(tiny):
+    """A single call's second run would hold the very activations that the first one gave up."""
+    policy, env = make(tiny)
+    runs = []
+    policy.unet.register_forward_pre_hook(lambda *_: runs.append(1))
+    ours(policy, env)
+    # policy and reference at each of four steps, and again; at a given x_T the reference is a constant
+    assert len(runs) == 2 * 2 * 4 - 1
+    runs.clear()
+    ddpo = DDPO(batch_size=3, micro_batch_size=3, minibatches=1, per_prompt=False)
+    drawn = ddpo.collect(env, policy, torch.Generator().manual_seed(0))
+    ddpo.update([drawn], policy, SGD(trainable(policy), lr=0.0))
+    assert len(runs) == 4 + 4  # drawn, and scored once
 
 
 def activations_kept(policy, env, monkeypatch):
