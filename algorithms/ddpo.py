@@ -105,7 +105,7 @@ class DDPO(Algorithm):
         advantages, kl_weight = self._advantages(batch, rewards, ours)
         num_steps = len(advantages)
         trained_steps = max(round(self.timestep_fraction * num_steps), 1)
-        metrics: dict[str, float] = {}
+        total: dict[str, Tensor] = {}  # added up where they are: a look at a number waits for the device
         steps: list[dict[str, float]] = []
         for _ in range(self.inner_epochs):
             for samples in torch.randperm(len(rewards)).chunk(self.minibatches):
@@ -120,8 +120,9 @@ class DDPO(Algorithm):
                     (loss.sum() / order.numel()).backward()
                     for name, value in seen.items():
                         share = len(part) / order.numel() / (self.inner_epochs * self.minibatches)
-                        metrics[name] = metrics.get(name, 0.0) + share * float(value)
+                        total[name] = total.get(name, 0.0) + share * value
                 steps.append(self.step(policy, optimizer))
+        metrics = {name: float(value) for name, value in total.items()}
         if batch.kl is not None:
             metrics["rollout/kl"] = float(batch.kl.sum()) / len(rewards)
         metrics = processes.summed(metrics) | {"rollout/reward_mean": float(rewards.mean())}

@@ -46,7 +46,8 @@ class DenoisingFit(Algorithm):
         """
         kept = weight.nonzero()[:, 0].cpu()
         ours, x_0, context = processes.place(len(batch.context)), batch.latents[-1], batch.context
-        total, steps = 0.0, []
+        # added up where it is: a look at a number waits for the device
+        total, steps = torch.zeros((), device=x_0.device), []
         for _ in range(self.epochs):
             for samples in kept[torch.randperm(len(kept))].split(self.fit_batch_size):
                 drawn = self.draw(policy, len(samples), x_0.shape[1:])
@@ -58,9 +59,9 @@ class DenoisingFit(Algorithm):
                     )
                     loss = (weight[samples[part]] * losses).sum() / len(samples)
                     loss.backward()
-                    total += float(loss.detach())
+                    total += loss.detach()
                 steps.append(self.step(policy, optimizer))
-        return over_steps(steps) | processes.summed({"train/loss": total / len(steps)})
+        return over_steps(steps) | processes.summed({"train/loss": float(total) / len(steps)})
 
     def draw(self, policy: Policy, count: int, shape: torch.Size) -> tuple[Tensor, ...]:
         """Return what is random in an optimiser step over `count` pictures, each with `count` rows."""
