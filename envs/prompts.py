@@ -44,8 +44,9 @@ def load_prompts(name: str, num_classes: Sequence[int] = ()) -> list[str]:
     Args:
         name: a list's; or the path of a text file, one prompt a line; or that of a CSV with the columns
             `prompt` and, if its prompts come with labels, `label`; or `imagenet_animals:PATH`, with a file
-            of ImageNet's classes: `imagenet_class_index.json`, `LOC_synset_mapping.txt`, or a line each in
-            their order. It gives the first name of each; `imagenet_animals_full:PATH` all, as in DDPO.
+            of ImageNet's classes: `imagenet_class_index.json`, other JSON with their names by number or
+            in a list, `LOC_synset_mapping.txt`, or a line each in their order. It gives the first name of
+            each; `imagenet_animals_full:PATH` all, as in DDPO.
         num_classes: of each attribute of a label.
 
     Raises:
@@ -97,14 +98,20 @@ def _imagenet_animals(path: Path, *, full: bool) -> list[str]:
     if path.suffix == ".json":
         try:
             index = json.loads("".join(lines))
-            lines = [index[str(number)][1].replace("_", " ") for number in range(_NUM_IMAGENET_ANIMALS)]
+            if isinstance(index, dict):
+                index = [index[str(number)] for number in range(_NUM_IMAGENET_ANIMALS)]
+            # imagenet_class_index.json has [synset, name]
+            names = [entry if isinstance(entry, str) else entry[1] for entry in index]
+            lines = [name.replace("_", " ") for name in names]
         except (ValueError, LookupError, TypeError, AttributeError):
             lines = []
     names = [re.sub(r"^n\d{8}\s+", "", line) for line in lines[:_NUM_IMAGENET_ANIMALS]]
     first = [name.partition(",")[0].strip() for name in names]
-    if (first[:1], first[_NUM_IMAGENET_ANIMALS - 1 :]) != (["tench"], ["puffer"]):
+    # the last goes by puffer, pufferfish and puffer fish
+    if len(first) < _NUM_IMAGENET_ANIMALS or first[0] != "tench" or not first[-1].startswith("puffer"):
         raise DiffRLError(
             f"{path}: not ImageNet's classes in their order, where number 0 is tench and 397 puffer. Give "
-            "imagenet_class_index.json, LOC_synset_mapping.txt, or a line for each class."
+            "imagenet_class_index.json, LOC_synset_mapping.txt, a JSON list of names, or a line for each "
+            "class."
         )
     return names if full else first

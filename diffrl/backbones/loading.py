@@ -11,7 +11,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from diffrl.backbones.architectures import NETWORKS, SD_V1, Network, check_pipeline, read_configs
 from diffrl.backbones.single_file import read_file
@@ -23,6 +23,7 @@ DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 _WANTED = ["*.json", "tokenizer/*", *(f"{part.name}/{part.weights}.safetensors" for part in NETWORKS)]
 _PICKLE = "pytorch_model.bin"  # of transformers; diffusers names its like its safetensors
+_FP16 = ".fp16.safetensors"  # what `from_pretrained(variant="fp16")` leaves
 _CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer v1.x and v2.x share
 _CLIP_WANTED = ["tokenizer_config.json", "vocab.json", "merges.txt"]
 _FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
@@ -119,12 +120,11 @@ def _find(model: str, revision: str | None) -> Path:
                 f"env.model={model}: not a checkpoint file. Give a .safetensors file or a folder."
             )
         return path
-    if path.suffix in _FILES:
-        raise DiffRLError(f"env.model={model}: no such file (in {Path.cwd()}).")
-    if path.is_absolute() or not _is_hub_id(model):
+    kind = "file" if path.suffix in _FILES else "folder"
+    if kind == "file" or path.is_absolute() or not _is_hub_id(model):
         raise DiffRLError(
-            f"env.model={model}: no such folder. Give a diffusers folder, a .safetensors file or a hub id "
-            "'owner/name'."
+            f"env.model={model}: no such {kind}, {path.absolute()}. Give the path of a .safetensors file "
+            "or of a diffusers folder, or a hub id 'owner/name'."
         )
     # before gigabytes of what is not supported
     check_pipeline(model, _download(model, revision, ["model_index.json"]))
@@ -133,6 +133,9 @@ def _find(model: str, revision: str | None) -> Path:
     if bare:  # an old repository, or one half in the cache
         pickles = [f"{part.name}/{name}" for part in bare for name in (f"{part.weights}.bin", _PICKLE)]
         folder = _download(model, revision, [*_WANTED, *pickles])
+        half = [f"{p.name}/{p.weights}{_FP16}" for p in bare if not _has_plain_weights(folder / p.name, p)]
+        if half:  # rounded weights, so only where there are no others
+            folder = _download(model, revision, [*_WANTED, *pickles, *half])
     return folder
 
 
@@ -167,10 +170,13 @@ def _hf_download(model: str, files: Sequence[str]) -> str:
 def _network(model: str, folder: Path, part: Network) -> nn.Module:
     """Return a network with all its weights."""
     place = folder / part.name
-    names = [f"{part.weights}{end}" for end in (".safetensors", ".safetensors.index.json", ".bin")]
-    _check_files(model, place, [[name] for name in [*names, _PICKLE]])
     # a weight of another shape is then in the report too, by name
-    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    asked: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if not _has_plain_weights(place, part):
+        _check_files(model, place, [[f"{part.weights}.safetensors"], [f"{part.weights}{_FP16}"]])
+        asked["variant"] = "fp16"
+    if issubclass(part.kind, PreTrainedModel):
+        asked["dtype"] = torch.float32  # else that of its config, to which it would round float32 weights
     network, report = _read(model, place, part.kind, **asked)
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise DiffRLError(
@@ -180,6 +186,12 @@ def _network(model: str, folder: Path, part: Network) -> nn.Module:
     for name in sorted(report["missing_keys"]):
         raise DiffRLError(f"env.model={model}: no weights for {part.name} {name!r}: another architecture.")
     return network
+
+
+def _has_plain_weights(place: Path, part: Network) -> bool:
+    """Return whether the weights of a part are there, by any of their names but the fp16 variant's."""
+    names = [f"{part.weights}{end}" for end in (".safetensors", ".safetensors.index.json", ".bin")]
+    return any((place / name).is_file() for name in [*names, _PICKLE])
 
 
 def _tokenizer(model: str, place: Path, **settings: Any) -> CLIPTokenizer:

@@ -68,6 +68,28 @@ class TestImageNet:
         prompts = load_prompts(f"imagenet_animals:{path}")
         assert (len(prompts), prompts[0], prompts[1], prompts[-1]) == (398, "tench", "animal 1", "puffer")
 
+    @pytest.mark.parametrize("by_number", [True, False])
+    @pytest.mark.parametrize("space", [" ", "_"])
+    def test_json_may_have_the_names_alone(self, tmp_path, by_number, space):
+        names = imagenet()
+        names[1] = f"great{space}white{space}shark"
+        content = {str(number): name for number, name in enumerate(names)} if by_number else names
+        path = tmp_path / "names.json"
+        path.write_text(json.dumps(content, indent=1))
+        first = load_prompts(f"imagenet_animals:{path}")
+        assert len(first) == 398
+        assert first[:3] == ["tench", "great white shark", "animal 2"]
+        full = load_prompts(f"imagenet_animals_full:{path}")
+        assert len(full) == 398
+        assert (full[0], full[-1]) == ("tench, Tinca tinca", "puffer, pufferfish, blowfish")
+
+    @pytest.mark.parametrize("last", ["puffer", "pufferfish", "puffer fish, blowfish"])
+    @pytest.mark.parametrize("name", ["names.json", "names.txt"])
+    def test_the_last_animal_is_a_puffer_by_any_of_its_names(self, tmp_path, last, name):
+        names = imagenet(("tench", last, "abacus"))
+        (tmp_path / name).write_text(json.dumps(names) if name == "names.json" else "\n".join(names))
+        assert load_prompts(f"imagenet_animals:{tmp_path / name}")[-1] == last.split(",")[0]
+
     @pytest.mark.parametrize(
         ("name", "text"),
         [
@@ -76,6 +98,14 @@ class TestImageNet:
             ("shifted.txt", "\n".join(["background", *imagenet()])),
             ("empty.json", "{}"),
             ("list.json", "[1]"),
+            ("word.json", '"tench"'),
+            ("number.json", "1"),
+            ("sorted.json", json.dumps(sorted(imagenet()))),
+            ("short.json", json.dumps(imagenet()[:397])),
+            ("shifted.json", json.dumps({n + 1: name for n, name in enumerate(imagenet())})),
+            ("nested.json", json.dumps({"0": {"name": "tench"}})),
+            ("no_names.json", json.dumps(["tench", *[None] * 397])),
+            ("whale.json", json.dumps(imagenet(("tench", "whale", "puffer")))),
             ("broken.json", "{"),
         ],
     )
