@@ -29,6 +29,7 @@ from diffrl.benchmarks.summary import first_of, spread, summarise
 from diffrl.build import check, check_new
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
+from diffrl.run import AT_A_TIME
 
 _CELL_FILE = "cell.json"
 _TRIAL_SEED = 1000  # no cell's: a row is not judged by the run that chose its value
@@ -52,7 +53,8 @@ def compare(
     Args:
         suite: what to run.
         folder: holds a folder of each cell, and is made if it is not there.
-        words: further settings of every cell; none that a row or a cell sets itself.
+        words: further settings of every cell; none that a row or a cell sets itself, but for how many
+            pictures are held at a time.
         seeds: instead of the suite's own number.
         jobs: cells at a time; they share the cores.
         quick: one seed, no tuning, and the suite's words for it: a look, not a result.
@@ -65,6 +67,7 @@ def compare(
     """
     own = {"seed", "name", "root", *(_key(word) for row in suite.rows.values() for word in row)}
     own |= set() if quick else {key for grid in suite.tune.values() for key in grid}
+    own -= set(AT_A_TIME)  # of the machine
     for word in words:
         if _key(word) in own:
             raise DiffRLError(
@@ -308,8 +311,14 @@ def _ours(record: Record, wanted: config.Config, what: str, fix: str) -> Record:
     Raises:
         DiffRLError: it is of other settings (presets count) or of another version.
     """
-    if not settings_file.same(record.get("settings", {}), wanted) or record["version"] != __version__:
-        raise DiffRLError(f"{what} of other settings or another version. Give another {fix}.")
+    if (then := record.get("version")) != __version__:
+        raise DiffRLError(f"{what} of diffrl {then}, and this is {__version__}. Give another {fix}.")
+    for name, (was, now) in settings_file.changed(
+        record.get("settings", {}), settings_file.facts(wanted)
+    ).items():
+        raise DiffRLError(
+            f"{what} of other settings: {name} was {was}, and is {now} now. Give another {fix}."
+        )
     return record
 
 

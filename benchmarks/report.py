@@ -24,6 +24,10 @@ from diffrl.settings_file import command
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _WIDEST = 1100  # pixels of a picture grid
+_OF_SEVERAL = (
+    "Mean over seeds and half the width of Student's 95% interval; of one seed alone that of its pictures, "
+    "by bootstrap; of seconds the fewest."
+)
 _OF_A_RUN: dict[str, str | list[str]] = {
     "reward": "eval/reward_mean",
     "accuracy": "eval/accuracy",
@@ -85,17 +89,22 @@ def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path]:
 
 def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     rows = summarise(name, records)
-    headings = [*suite.columns, *SPENT]
+    headings = ["seeds", *suite.columns, *SPENT]
     measures = [*suite.columns.values(), *(f"spent/{key}" for key in SPENT.values())]
     first = {row["method"]: _first_seed(records, row["method"]) for row in rows}
     seeds = max((row["n_seeds"] for row in rows), default=0)
-    about = f"{seeds} seeds, mean and half the width of Student's 95% interval" if seeds > 1 else "one seed"
+    about = _OF_SEVERAL if seeds > 1 else "One seed."
+    origins = {f"diffrl {r['version']} at {r['commit']}, {r['hardware']}" for r in records if "commit" in r}
     return {
         "name": name,
-        "about": about,
+        "about": " ".join([about, *(f"Measured by {origin}." for origin in sorted(origins))]),
         "headings": headings,
         "rows": [
-            {"name": row["method"], "failed": row["failed"], "cells": [_cell(row, m) for m in measures]}
+            {
+                "name": row["method"],
+                "failed": row["failed"],
+                "cells": [_plain(row["n_seeds"]), *(_cell(row, m) for m in measures)],
+            }
             for row in rows
         ],
         "figures": [
@@ -118,6 +127,10 @@ def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Pat
 
 def _first_seed(records: list[dict[str, Any]], method: str) -> dict[str, Any] | None:
     return next((r for r in records if r["row"] == method and "points" in r), None)
+
+
+def _plain(count: int) -> dict[str, Any]:
+    return {"value": count, "text": str(count), "margin": ""}
 
 
 def _cell(row: dict[str, Any], measures: str | list[str]) -> dict[str, Any]:

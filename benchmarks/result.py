@@ -9,6 +9,7 @@ from diffrl.benchmarks.charts import charts
 from diffrl.benchmarks.suites import Suite
 from diffrl.benchmarks.summary import several, spread, summarise
 from diffrl.errors import unknown
+from diffrl.log import console
 
 
 def finish(
@@ -47,9 +48,17 @@ def store(
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the records of cells and of trials in a suite's result; none where there is no whole one."""
+    """Return the records of cells and of trials in a suite's result; none where there is no whole one.
+
+    One that is not whole is kept beside, under another name: the next cell's record takes its place.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         return result["cells"], result.get("trials", [])
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
+        return [], []
+    except (ValueError, KeyError, TypeError) as error:
+        aside = path.replace(path.with_name(f"{path.name}.damaged"))
+        why = f"not a whole result ({type(error).__name__}: {error}), now {aside.name}"
+        console.print(f"[bold yellow]{path}[/]: {why}. Cells whose folders are there count as done.")
         return [], []

@@ -105,14 +105,14 @@ def table(suite: Suite, rows: list[dict[str, Any]]) -> Table:
     """Return the suite's columns of each row as Markdown, mean and interval; a failure shows as one."""
     shown = Table(box=box.MARKDOWN)
     shown.add_column("method", no_wrap=True)
-    for heading in (*suite.columns, *SPENT):
+    for heading in ("seeds", *suite.columns, *SPENT):
         shown.add_column(heading, justify="right", no_wrap=True)
     spent = [f"spent/{name}" for name in SPENT.values()]
     for row in rows:
         cells = [_with_interval(row, first_of(measure, row)) for measure in suite.columns.values()]
         cells += [f"{row[name]:,.0f}" if name in row else "-" for name in spent]
         failed = f" ({row['failed']} failed)" if row["failed"] else ""
-        shown.add_row(row["method"] + failed, *cells)
+        shown.add_row(row["method"] + failed, str(row["n_seeds"]), *cells)
     return shown
 
 

@@ -11,6 +11,7 @@ from test_cli import fails
 from diffrl import config, settings_file
 from diffrl.benchmarks import compare, result, suites, summary
 from diffrl.cli import main
+from diffrl.errors import DiffRLError
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,40 @@ def test_a_record_that_is_cut_short_is_none(tmp_path):
     assert compare.read(tmp_path) == [{"row": "a"}]
 
 
+def test_a_result_that_is_not_whole_is_kept_beside(tmp_path, capsys):
+    path = tmp_path / "s.json"
+    assert result.read(path) == ([], [])
+    for text in ('{"cells": [{"row"', '{"suite": "s"}'):
+        path.write_text(text)
+        assert result.read(path) == ([], [])
+        assert (tmp_path / "s.json.damaged").read_text() == text
+        assert not path.exists()
+    assert "not a whole result" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_record_of_another_version_or_setting_says_which(tmp_path):
+    wanted = compare._settings(suites.Cell("a", 0, [*SETTINGS, "algo=ctrl"]), tmp_path)
+    record = {"version": compare.__version__, "settings": settings_file.facts(wanted)}
+    assert compare._ours(record, wanted, "a: it is", "--out") is record
+    with pytest.raises(DiffRLError, match=r"it is of diffrl 0\.0\.1, and this is"):
+        compare._ours(record | {"version": "0.0.1"}, wanted, "a: it is", "--out")
+    wanted.algo.max_grad_norm = 2.5
+    why = r"algo\.max_grad_norm was [\d.]+, and is 2\.5 now\. Give another --out"
+    with pytest.raises(DiffRLError, match=why):
+        compare._ours(record, wanted, "a: it is", "--out")
+
+
+def test_how_many_pictures_are_held_is_the_machine_s(tmp_path, monkeypatch):
+    """Rows may set it, and so may who runs them."""
+    suite = suites.load("compressibility")
+    kept = []
+    monkeypatch.setattr(compare, "_run_all", lambda cells, *_: kept.extend(cells) or [])
+    compare.compare(suite, tmp_path, words=["algo.micro_batch_size=4"], quick=True)
+    assert len(kept) == len(suite.rows)
+    for cell in kept:
+        assert config.load(cell.words).algo.micro_batch_size == 4
+
+
 def test_a_cell_reads_its_pictures_itself(tmp_path):
     """It is a daemon, which may have no children."""
     cell = suites.Cell("ctrl", 0, [*SETTINGS, "algo=ctrl", "seed=0", "dataset_workers=4"])
@@ -123,7 +158,8 @@ def test_a_finished_run_of_other_settings_is_not_overwritten(done, capsys):
     cell = done.parent / "cells" / "mine" / "reward-only-seed0" / "cell.json"
     before = cell.read_bytes()
     message = fails(capsys, *words(done, "algo.max_grad_norm=2"))
-    assert "a finished run of other settings or another version. Give another --root" in message
+    assert "a finished run of other settings: algo.max_grad_norm was" in message
+    assert "and is 2.0 now. Give another --root" in message
     assert cell.read_bytes() == before
 
 

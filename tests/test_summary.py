@@ -145,7 +145,7 @@ def test_numbers_have_the_digits_that_their_size_deserves():
 
 def test_a_table_of_many_columns_is_printed_whole(capsys):
     names = {f"a measure of some length, number {i}": "x" for i in range(12)}
-    row = {"method": "one", "failed": 0, "x": 1.5, "x_ci95": 0.25}
+    row = {"method": "one", "n_seeds": 3, "failed": 0, "x": 1.5, "x_ci95": 0.25}
     print_wide(summary.table(suites.Suite(rows={"one": []}, columns=names), [row]))
     out = capsys.readouterr().out
     assert all(name in out for name in names)
