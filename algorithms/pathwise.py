@@ -28,16 +28,17 @@ class Pathwise(Algorithm):
     """Maximise E[r(x_0, c, y) - w sum_t KL(p_theta || p_ref)] by its pathwise gradient.
 
     With `kl_steps`, the KL is estimated without bias: each kept step's over the chance of its being kept,
-    and `kl_steps` of those that `truncation` never keeps. So is its gradient through the whole chain
-    (`truncation.kind=fixed truncation.path=network`); on the shorter paths a step's KL has its gradient at
-    a constant x_t, which leaves out what an action does to the KL of later steps. With null the KL is
-    measured at every step, and has a gradient at the kept ones alone (CTRL's code).
+    and `kl_steps` of those that `truncation` never keeps; where it keeps all of them, `kl_steps` of all. So
+    is its gradient through the whole chain (`truncation.kind=fixed truncation.path=network`); on the
+    shorter paths a step's KL has its gradient at a constant x_t, which leaves out what an action does to
+    the KL of later steps. With null the KL is measured at every step, and has a gradient at the kept ones
+    alone (CTRL's code). A step that is measured costs a call of the reference.
     """
 
     learning_rate: float = 1e-3  # of the LoRA weights
     kl_reduction: str = "sum"  # over latent dims: sum (nats) or mean (CTRL's code)
     max_grad_norm: float = 10.0  # of LoRA and embedding; chosen on emoji, where few updates pass it
-    kl_steps: int | None = 1  # that stand for those never kept in the KL's estimate; null: all are measured
+    kl_steps: int | None = 1  # drawn to stand in the KL for those never kept; null: all are measured
     kl_budget: float | None = None  # nats that the KL of the rollouts is to come to: its weight adapts
     truncation: Truncation = field(default_factory=Truncation)
 
@@ -94,8 +95,7 @@ class Pathwise(Algorithm):
         weights = None
         if self.kl_weight and self.kl_steps is not None:
             assert chances is not None
-            weights = self._kl_of_others(env.schedule.kappa, chances, generator)
-            weights = [factor + weight for factor, weight in zip(factors, weights, strict=True)]
+            weights = self._kl_weights(env.schedule.kappa, factors, chances, generator)
         return rollout(
             env,
             policy,
@@ -107,17 +107,23 @@ class Pathwise(Algorithm):
             log_probs=False,
         )
 
-    def _kl_of_others(self, kappa: Tensor, chances: list[float], generator: torch.Generator) -> list[float]:
-        """Return weights on the KL of `kl_steps` steps that are never kept, 0 for the others."""
+    def _kl_weights(
+        self, kappa: Tensor, factors: list[float], chances: list[float], generator: torch.Generator
+    ) -> list[float]:
+        """Return a weight on the KL of each step, whose mean over draws is 1; 0: it is not measured."""
+        all_kept = min(chances) == 1.0  # then to measure what is kept would be to measure everything
+        open_to_draw = torch.tensor([all_kept or chance == 0 for chance in chances])
+        own = [0.0 if all_kept else factor for factor in factors]
         # importance sampling: kappa is a step's share of the KL if |eps - eps_ref| is alike at all
-        share = kappa.to(generator.device) * torch.tensor([c == 0 for c in chances]).to(generator.device)
+        share = kappa.to(generator.device) * open_to_draw.to(generator.device)
         if not share.any():
-            return [0.0] * len(chances)
+            return own
         assert self.kl_steps is not None
         share = share / share.sum()
         times = share.multinomial(self.kl_steps, replacement=True, generator=generator)
         times = times.bincount(minlength=len(share))
-        return torch.where(times > 0, times / (self.kl_steps * share), 0.0).tolist()
+        drawn = torch.where(times > 0, times / (self.kl_steps * share), 0.0).tolist()
+        return [a + b for a, b in zip(own, drawn, strict=True)]
 
     def update(
         self, trajectories: Iterable[Trajectory], policy: Policy, optimizer: Optimizer
