@@ -153,7 +153,9 @@ class Setup:
     def _learned_reward(self, policy: Policy, *, refit: bool) -> LogLikelihood:
         chosen = self.config.reward
         if chosen.classifier:
-            return chosen.load()
+            reward = chosen.load()
+            _check_side(reward, self.backbone.image_size, chosen.classifier)
+            return reward
         path = self.classifier_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # cells of a suite want the same one at once
@@ -233,6 +235,17 @@ def _warn_of_few(reward: LogLikelihood) -> None:
                 f"[yellow]{attribute.name}[/]: only {min(counts)} pictures of class "
                 f"{counts.index(min(counts))}, of {list(counts)} in all; below {_FEW} a class its "
                 "classifier is hardly to be trusted"
+            )
+
+
+def _check_side(reward: LogLikelihood, side: int, path: object) -> None:
+    """Raise DiffRLError if a classifier has learnt from pictures of another size than those to score."""
+    for attribute in reward.attributes:
+        fitted = attribute.report.side
+        if fitted not in (None, side) and not attribute.networks:  # a network sees any size as its own
+            raise DiffRLError(
+                f"reward.classifier={path}: fitted to pictures of {fitted} px, and this env's have {side}: "
+                f"another {attribute.measure.title}. Run 'diffrl fit' with this env."
             )
 
 

@@ -46,7 +46,9 @@ class Compressibility:
 
     def load(self) -> LogLikelihood:
         """Return the reward of the file `classifier`."""
-        return load_reward([str(self.classifier)], {self.measures[0]: self.num_classes}, {})
+        (measure,) = self.measures
+        edges = {} if self.edges is None else {measure: self.edges}
+        return load_reward([str(self.classifier)], {measure: self.num_classes}, {}, edges)
 
     def fit(self, images: Pictures, seed: int, *, from_pretrained: bool) -> LogLikelihood:
         """Return the reward fitted to a data set or `[M, 3, S, S]`; see `fit_attribute`."""

@@ -217,6 +217,7 @@ def _fit(
         ece=expected_calibration_error(log_prob.exp(), truth),
         temperature=float(classifier.temperature),
         class_counts=tuple(label[: len(seen.place)].bincount(minlength=classifier.num_classes).tolist()),
+        side=images.shape[-1],
     )
     return report, log_prob
 

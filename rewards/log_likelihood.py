@@ -42,6 +42,7 @@ class FitReport:
     ece: float  # expected calibration error, 15 bins
     temperature: float
     class_counts: tuple[int, ...]
+    side: int | None = None  # of the pictures, in pixels; None: not known
 
 
 def of_label(log_prob: Tensor, label: Tensor) -> Tensor:

@@ -60,7 +60,9 @@ class Multitask:
         """Return the reward of the file `classifier`, or of CTRL's, one a measure."""
         paths = self.classifier if isinstance(self.classifier, list) else [self.classifier]
         asked = dict.fromkeys(self.measures, 2)
-        reward = load_reward([str(path) for path in paths], asked, self._networks(*self.measures))
+        edges = {name: [edge] for name, edge in zip(self.measures, self.edges or [], strict=False)}
+        networks = self._networks(*self.measures)
+        reward = load_reward([str(path) for path in paths], asked, networks, edges)
         reward.joint = self.joint
         return reward
 

@@ -21,7 +21,10 @@ from diffrl.rewards.measures import MEASURES
 
 
 def load_reward(
-    paths: Sequence[str], asked: Mapping[str, int], networks: Mapping[str, str]
+    paths: Sequence[str],
+    asked: Mapping[str, int],
+    networks: Mapping[str, str],
+    edges: Mapping[str, Sequence[float]],
 ) -> LogLikelihood:
     """Return the reward that lies in `paths`.
 
@@ -29,9 +32,10 @@ def load_reward(
         paths: one `.safetensors` file of ours, or one of CTRL's `.pth` files a measure, in their order.
         asked: the number of classes of each measure, in the label's order.
         networks: where those lie that a measure stands on, by name.
+        edges: those asked for, of each measure of which some are.
 
     Raises:
-        DiffRLError: no such file, not a classifier's, not one file a measure, or other classes.
+        DiffRLError: no such file, not a classifier's, not one file a measure, other classes or edges.
     """
     given = ",".join(paths)
     if len(paths) == 1 and Path(paths[0]).suffix == ".safetensors":
@@ -52,6 +56,14 @@ def load_reward(
             f"reward.classifier={given}: it knows {has}, this reward has {wants}. Choose the reward and "
             "the number of classes that it was fitted for."
         )
+    for attribute in reward.attributes:
+        own = attribute.edges.cpu()
+        wanted = torch.tensor(edges.get(attribute.name, own.tolist()))
+        if not torch.allclose(own, wanted):
+            raise DiffRLError(
+                f"reward.classifier={given}: its edges of {attribute.name} are {own.tolist()}, "
+                f"reward.edges asks for {wanted.tolist()}. Leave them out, or run 'diffrl fit' with them."
+            )
     return reward
 
 

@@ -252,6 +252,10 @@ class TestFit:
         assert "drawing" not in capsys.readouterr().out
         line = fails(capsys, "train", *words, "name=x", "reward.num_classes=4")
         assert "it knows 2 classes of compressibility" in line
+        line = fails(capsys, "train", *words, "name=y", "env.image_size=24")
+        assert "fitted to pictures of 16 px, and this env's have 24: another JPEG size" in line
+        line = fails(capsys, "train", *words, "name=z", "reward.edges=[1.5]")
+        assert "reward.edges asks for [1.5]. Leave them out" in line
 
     def test_a_black_box_has_nothing_to_fit(self, capsys):
         assert "nothing to fit" in fails(capsys, "fit", "reward=jpeg")
