@@ -43,10 +43,10 @@ class NullPromptPolicy(ToyPolicy):
     null_embeds = torch.full((1, 1, 1), 7.0)
 
 
-def collected(count=64):
-    policy = NullPromptPolicy()
+def collected(count=64, num_dims=1):
+    policy = NullPromptPolicy(num_dims=num_dims)
     policy.theta.data += 5.0  # what the pretrained model draws does not depend on it
-    env = SignEnv(policy.schedule, count)
+    env = SignEnv(policy.schedule, count, num_dims=num_dims)
     return policy, ClassifierFree().collect(env, policy, torch.Generator().manual_seed(0))
 
 

@@ -252,6 +252,36 @@ def test_a_normalised_step_has_the_length_of_the_guidance_until_the_picture_is_g
     assert not rested._move(observation, rested.policy.noise(observation)).any()
 
 
+def test_the_published_normalised_step_is_measured_over_the_whole_batch():
+    """Every picture moves along its own gradient, by one factor: rho rms(1, ..., 5) / rms(gradients)."""
+    observation = state()
+    observation["label"][:] = 1
+    actor, env = attach(MPGD(rho=2.0, step="normalised", over_batch=True), 5)
+    env.reset(seed=0, options={"label": observation["label"]})
+    eps = actor.policy.noise(observation)
+    actor.policy.unconditional = lambda obs: eps - torch.arange(1.0, 6.0).view(-1, 1, 1, 1)
+    x_0 = actor.schedule.predict_x_0(observation["latents"], eps, observation["timestep"])
+    slope = 4 * torch.sigmoid(1 - 4 * x_0)  # d/dx log p(1|x)
+    assert slope.max() > 1.5 * slope.min()
+    by_hand = 2.0 * 11**0.5 * slope / slope.square().mean().sqrt()  # (1 + 4 + 9 + 16 + 25) / 5 = 11
+    assert_close(actor._move(observation, eps), by_hand, atol=1e-9)
+
+
+@pytest.mark.parametrize(("last", "mean", "deviation"), [(True, 1.867, 0.525), (False, 0.0, 1.0)])
+def test_the_published_svdd_takes_the_last_step_as_it_comes(last, mean, deviation):
+    """Else it is the best of 20 under a reward that rises: the largest of 20 normal numbers, as tabled."""
+    observation = state(count=4000, i=49)
+    observation["label"][:] = 1
+    actor, env = attach(SVDD(20, selection="argmax", last=last), 4000)
+    env.reset(seed=0, options={"label": observation["label"]})
+    actor.begin(observation)
+    x = actor.act(observation, torch.Generator().manual_seed(0)).prev_sample
+    law = law_of(attach(Unguided(), 4000)[0], observation)
+    z = (x - law.mean) / law.stddev
+    assert_close(z.mean(), mean, atol=0.05)
+    assert_close(z.std(), deviation, atol=0.03)
+
+
 def test_a_linear_reward_on_a_gaussian_prior_is_guided_exactly_in_many_steps():
     """r = a x and x_0 ~ N(0, 1): the posterior is N(a, 1); T = 500."""
     policy = ClosedFormPolicy(Mixture([1.0], [[0.0]], [1.0]), num_steps=500)

@@ -43,6 +43,21 @@ def test_an_exact_potential_with_an_exact_proposal_leaves_nothing_to_weigh():
     assert actor.log_weights.std() < 0.35 * blind.log_weights.std()
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_the_published_weights_end_with_the_predicted_x_0_not_with_the_reward_itself(last):
+    """Never resampled, a particle's weights telescope: to r(x_0), or to r(x0hat) before the last step."""
+    actor, env = attach(SMC(4, ess_threshold=0.0, last=last), 100)
+    label = torch.ones(400, 1, dtype=torch.int64)
+    drawn = rollout(env, actor, torch.Generator().manual_seed(0), seed=0, options={"label": label})
+    *_, before, x = drawn.latents
+    if not last:
+        final = {"latents": before, "timestep": actor.schedule.timesteps[-1].expand(400)}
+        x = actor.schedule.predict_x_0(before, actor.policy.noise(final), final["timestep"])
+    by_hand = torch.nn.functional.logsigmoid(4 * x - 1)  # log p(1|x)
+    assert_close(actor.log_weights.flatten(), by_hand.flatten(), atol=1e-6)
+    assert_close(actor.log_z, by_hand.view(100, 4).logsumexp(1) - torch.tensor(4.0).log(), atol=1e-6)
+
+
 def test_a_capped_proposal_is_still_weighed_right():
     _, actor = run(SMC(8, twisted=True, max_shift=0.05), 2000)
     z = actor.log_z.exp()

@@ -1,7 +1,8 @@
 """A chain whose objective is known in closed form: eps_theta = eps_ref + theta, theta a number a label.
 
-eps_ref = sqrt(1 - A) x_t is the optimal denoiser of N(0, 1). x_0 is Gaussian with mean linear in theta
-and known variance, the KL is theta^2 sum kappa, and the reward -(x_0 - 1)^2 has a closed-form mean. d = 1.
+eps_ref = sqrt(1 - A) x_t is the optimal denoiser of N(0, I). x_0 is Gaussian with mean linear in theta
+and known variance, the KL is d theta^2 sum kappa, and the reward, the mean over dims of -(x_0 - 1)^2, has a
+closed-form mean. d = 1, unless `num_dims` says otherwise: there a sum over dims is a mean.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from diffrl.benchmarks.pretrain_emoji import make_scheduler
 from diffrl.schedule import DDIMSchedule
-from diffrl.types import ActorStep, Context, draw
+from diffrl.types import NO_LABEL, ActorStep, Context, draw
 
 
 def linear_gain(schedule):
@@ -18,8 +19,11 @@ def linear_gain(schedule):
 
 
 class ToyPolicy(nn.Module):
-    def __init__(self, num_steps=4, num_labels=2):
+    guidance_scale = 2.0  # of `guided_eps`
+
+    def __init__(self, num_steps=4, num_labels=2, num_dims=1):
         super().__init__()
+        self.num_dims = num_dims
         self.schedule = DDIMSchedule(make_scheduler(), num_steps, 1.0).double()
         self.theta = nn.Parameter(torch.linspace(-0.2, 0.3, num_labels, dtype=torch.float64))
 
@@ -42,10 +46,16 @@ class ToyPolicy(nn.Module):
         return self._law(obs, torch.zeros_like(self.theta))
 
     def eps(self, x_t, timestep, prompt_embeds, label):
-        """theta alone: its denoising loss is |theta - noise|^2, minimal at the weighted mean noise, 0."""
-        return self.theta[label[:, 0]].view(-1, 1, 1, 1).expand_as(x_t)
+        """theta alone: its denoising loss is |theta - noise|^2, minimal at the weighted mean noise, 0.
 
-    guided_eps = eps
+        Without a label it is 0.
+        """
+        theta = torch.where(label[:, 0] == NO_LABEL, 0.0, self.theta[label[:, 0]])
+        return theta.view(-1, 1, 1, 1).expand_as(x_t)
+
+    def guided_eps(self, x_t, timestep, prompt_embeds, label):
+        """Away from an empty prompt whose eps is 0: `guidance_scale` theta."""
+        return self.guidance_scale * self.eps(x_t, timestep, prompt_embeds, label)
 
     def begin(self, obs):
         pass
@@ -56,8 +66,9 @@ class ToyPolicy(nn.Module):
 
 
 class ToyEnv:
-    def __init__(self, schedule, num_envs, num_labels=2):
+    def __init__(self, schedule, num_envs, num_labels=2, num_dims=1):
         self.schedule, self.num_envs, self.num_labels = schedule, num_envs, num_labels
+        self.num_dims = num_dims
         self.generator = torch.Generator().manual_seed(0)
 
     def _obs(self):
@@ -73,14 +84,14 @@ class ToyEnv:
         if seed is not None:
             self.generator.manual_seed(seed)
         self.i = 0
-        shape = (self.num_envs, 1, 1, 1)
+        shape = (self.num_envs, self.num_dims, 1, 1)
         self.x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         label = torch.arange(self.num_envs)[:, None] % self.num_labels
         self.context = Context(["x"] * self.num_envs, torch.zeros(self.num_envs, 1, 1), label)
         return self._obs(), {}
 
     def value(self, x_0, context):
-        return -((x_0.flatten(1)[:, 0] - 1) ** 2)
+        return -((x_0.flatten(1) - 1) ** 2).mean(1)
 
     def step(self, action):
         self.x, self.i = action, self.i + 1
@@ -97,7 +108,7 @@ def objective(policy, kl=0.0):
     for i in range(schedule.num_steps):
         mean = gain[i] * mean + schedule.eps_gain[i] * policy.theta
         variance = gain[i] ** 2 * variance + schedule.sigma[i] ** 2
-    return -((mean - 1) ** 2) - variance - kl * schedule.kappa.sum() * policy.theta**2
+    return -((mean - 1) ** 2) - variance - kl * policy.num_dims * schedule.kappa.sum() * policy.theta**2
 
 
 class Recorder:
