@@ -222,7 +222,8 @@ class Classifier(nn.Module):
     def standardise(self, features: Tensor) -> None:
         """Make the head see zero mean and unit variance on `features` `[N, F]`."""
         self.shift.copy_(features.mean(0))
-        self.scale.copy_(features.std(0).clamp(min=1e-3))
+        spread = features.std(0, correction=min(len(features) - 1, 1))  # one picture has none
+        self.scale.copy_(spread.clamp(min=1e-3))
 
     def logits(self, features: Tensor) -> Tensor:
         """Return logits `[N, K + spare]` of features `[N, F]`, before the temperature."""

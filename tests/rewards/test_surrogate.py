@@ -72,6 +72,14 @@ def test_before_it_has_asked_it_is_nothing_and_so_is_its_gradient():
     assert not gradient.any()
 
 
+def test_after_a_single_query_it_is_that_score_everywhere_near_it():
+    surrogate = OnlineSurrogateReward(of=Brightness(), queries=1)
+    ((images, where),) = round_of(1, 3)
+    surrogate.observe([(images, where)])
+    found = surrogate(images, where)
+    assert_close(found, images.mean((1, 2, 3)), atol=1e-3)
+
+
 def test_it_asks_about_the_pictures_drawn_in_their_order_until_the_budget_is_spent():
     true = Brightness()
     surrogate = OnlineSurrogateReward(of=true, queries=7)
