@@ -2,23 +2,47 @@
 
 Every check looks at an untrained policy, so each right answer is known: ratios are 1, the KL is 0, the
 gradient reaches every adapter. Source of the traps: DDPO's and CTRL's code and their issue trackers.
+Shapes: T steps.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffrl.algorithms.base import Algorithm
+from diffrl.algorithms.untrained import Untrained
 from diffrl.build import Setup, is_learned
-from diffrl.config import Config
+from diffrl.config import Config, chosen
 from diffrl.policy import Policy
+from diffrl.rewards.scoring import score
+from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.rollout import rollout
 from diffrl.types import Reward, Trajectory
 
 _PICTURES = 8
 _FIT_PICTURES = 64  # enough for a reward whose gradient is looked at, not its accuracy
+_CLIP_RANGE = 1e-4  # DDPO's: what ratios are held against where the algorithm has none of its own
+_WIDEST = 0.2  # PPO's clip range: a ratio further off than that is no rounding
+_LISTED = 10  # steps of which a line shows each one's value; chosen: emoji's
+
+# What mends a finding: `{algo.gamma}` is a setting's value, `{word.env}` the word that chose the component.
+_AGAINST_ROUNDING = (
+    "set env.precision=fp32 instead of {env.precision}",
+    "raise env.eta={env.eta:g}, whose little noise magnifies it",
+)
+_AGAINST_LIMITS = (
+    "raise reward.clip={reward.clip:g}",
+    "raise reward.ceiling={reward.ceiling:g}",
+    "choose another reward than {word.reward}",
+)
+_IN_EVAL = "let load() of env={word.env} return its network in .eval() mode"
+# settings at their best, which can mend nothing more
+_SPENT = {"env.precision": "fp32", "env.eta": 1.0, "reward.ceiling": 1.0}
 
 
 @dataclass(frozen=True)
@@ -27,38 +51,74 @@ class Finding:
 
     check: str
     value: str
-    sound: bool
-    advice: str = ""  # the likely cause and the setting that mends it; said when it is not sound
+    sound: bool | None  # None: not looked at, and the value says why
+    advice: str = ""  # the likely cause, if it is not sound
+    mends: tuple[str, ...] = ()  # of them the advice names those whose settings are there
 
 
 def examine(config: Config) -> list[Finding]:
     """Return what is found, check by check; nothing is written, no weight is moved."""
+    return [
+        _advised(config, finding) if finding.sound is False else finding for finding in _findings(config)
+    ]
+
+
+def _findings(config: Config) -> Iterator[Finding]:
+    quick = config
     if is_learned(config.reward) and not config.reward.classifier:
-        config.reward = replace(config.reward, num_pictures=_FIT_PICTURES)
-    setup = Setup(config)
+        quick = replace(config, reward=replace(config.reward, num_pictures=_FIT_PICTURES))
+    setup = Setup(quick)
     policy = setup.make_policy(setup.num_classes())
     reward = setup.make_reward(policy)
     env = setup.make_env(reward, _PICTURES)
     noisy = config.env.eta > 0
     reference = policy.reference if noisy else None
     episodes = rollout(env, policy, setup.generator(3), reference=reference, seed=config.seed)
-    findings = [_rewards(episodes)]
+    if isinstance(reward, OnlineSurrogateReward):  # 0 everywhere, until it has asked about some pictures
+        reward.observe([(episodes.images, episodes.context)])
+        episodes = replace(episodes, reward=score(reward, episodes.images, episodes.context))
+    yield _rewards(episodes, reward)
     if noisy:
-        findings += [_kl(episodes), *_ratios(policy, episodes, config.algo)]
+        yield _kl(episodes)
+    if isinstance(config.algo, Untrained):
+        skipped = f"skipped: algo={chosen(config, 'algo')} trains nothing"
+        yield Finding("ratios and gradients", skipped, None)
+        return
+    if noisy:
+        yield from _ratios(policy, episodes, config.algo)
     if config.algo.needs_gradient:
-        findings.append(_reward_gradient(episodes, reward))
-        if not findings[-1].sound:  # nothing would arrive anywhere
-            return findings
-    return [*findings, *_gradients(setup, policy, reward, config.algo)]
+        yield (slope := _reward_gradient(episodes, reward))
+        if not slope.sound:
+            yield Finding("gradients of the weights", "skipped: the reward has none to pass on", None)
+            return
+    yield from _gradients(setup, policy, reward, config.algo)
 
 
-def _rewards(episodes: Trajectory) -> Finding:
-    reward = episodes.reward.detach()
+def _advised(config: Config, finding: Finding) -> Finding:
+    """Return the finding with the options that mend it in its advice: those that the components have."""
+    parts: dict[str, Any] = {name: getattr(config, name) for name in ("algo", "env", "reward")}
+    words = {name: getattr(part, "chosen_by", chosen(config, name)) for name, part in parts.items()}
+    known = {"word": SimpleNamespace(**words)}
+    for name, part in parts.items():
+        settings = {field.name: getattr(part, field.name) for field in fields(part)}
+        left = {key: value for key, value in settings.items() if value != _SPENT.get(f"{name}.{key}")}
+        known[name] = SimpleNamespace(**left)
+    fitting = []
+    for mend in finding.mends:
+        with suppress(AttributeError, ValueError):  # no such setting here, or one of another kind
+            fitting.append(mend.format(**known))
+    return replace(finding, advice=f"{finding.advice}. To mend it {', or '.join(fitting)}.")
+
+
+def _rewards(episodes: Trajectory, reward: Reward) -> Finding:
+    scores = episodes.reward.detach()
+    asked = f", after {reward.num_queries} queries" if isinstance(reward, OnlineSurrogateReward) else ""
     return Finding(
-        "rewards of 8 pictures",
-        f"{float(reward.min()):.3g} to {float(reward.max()):.3g}",
-        bool(reward.min() < reward.max()),
-        "all alike: advantages are 0 and nothing is learnt. Look at the reward on two different pictures.",
+        f"rewards of {_PICTURES} pictures",
+        f"{float(scores.min()):.3g} to {float(scores.max()):.3g}{asked}",
+        bool(scores.min() < scores.max()),
+        "all alike, so nothing is learnt: the reward rounds, is cut off, or does not look at the pictures",
+        _AGAINST_LIMITS,
     )
 
 
@@ -69,38 +129,48 @@ def _kl(episodes: Trajectory) -> Finding:
         "KL of the untrained policy",
         f"{worst:.3g} nats",
         worst == 0,
-        "policy and reference do not run the same code: a precision of their own, dropout, or adapters "
-        "that are not zero at the start.",
+        "policy and reference do not run the same code: dropout, adapters that are not zero at the start, "
+        "or a rounding of their own",
+        (_IN_EVAL, "name other layers in policy.targets", *_AGAINST_ROUNDING),
     )
 
 
-def _ratios(policy: Policy, episodes: Trajectory, algo: Algorithm) -> list[Finding]:
+def _ratios(policy: Policy, episodes: Trajectory, algo: Algorithm) -> Iterator[Finding]:
     """Score the stored actions again, in one batch and one by one, as a policy gradient will."""
     summed = getattr(algo, "log_prob_reduction", "mean") == "sum"
     scale = 1.0 if summed else 1 / episodes.latents[0][0].numel()
     together = _largest_ratio(policy, episodes, len(episodes.reward), scale)
     alone = _largest_ratio(policy, episodes, 1, scale)
-    allowed = getattr(algo, "clip_range", 1e-4)
-    advice = (
-        "re-scoring is not what sampling did. Keep latents in float32, dropout off, and raise "
-        f"algo.clip_range={allowed:g} well above the value."
+    allowed = getattr(algo, "clip_range", _CLIP_RANGE)
+    whose = "" if hasattr(algo, "clip_range") else " (of ddpo)"
+    needed = 2 * max(float(together.max()), float(alone.max()))
+    wider = [f"raise algo.clip_range={{algo.clip_range:g}} above {needed:.2g}"] if needed < _WIDEST else []
+    yield Finding(
+        "largest |ratio - 1| before an update",
+        _by_step(together),
+        float(together.max()) < allowed / 2,
+        "re-scoring in the same batch is not what sampling did: the network draws something, such as "
+        "dropout, or rounds otherwise each time",
+        (_IN_EVAL, *_AGAINST_ROUNDING, *wider),
     )
-    step, value = int(together.argmax()), float(together.max())
-    floor = float(alone.max())
-    return [
-        Finding(
-            "largest |ratio - 1| before an update",
-            f"{value:.2g}, step {step} of {len(together)}",
-            value < allowed / 2,
-            advice,
-        ),
-        Finding(
-            "the same in other batch sizes (rounding floor)",
-            f"{floor:.2g} against a clip range of {allowed:g}",
-            floor < allowed / 2,
-            advice,
-        ),
-    ]
+    yield Finding(
+        "the same in other batch sizes (rounding floor)",
+        f"{_by_step(alone)}; clip range {allowed:g}{whose}",
+        float(alone.max()) < allowed / 2,
+        "rounding depends on the batch that an action is scored in, and small steps magnify it",
+        (*_AGAINST_ROUNDING, *wider, "take fewer, larger steps than env.num_steps={env.num_steps}"),
+    )
+
+
+def _by_step(largest: Tensor) -> str:
+    """Return the value of each step if they are few, else the largest one and where it is."""
+    worst = float(largest.max())
+    if worst == 0:
+        return f"0 at each of {len(largest)} steps"
+    if len(largest) <= _LISTED:
+        return f"by step: {' '.join(f'{value:.1g}' for value in largest.tolist())}"
+    place = f"at step {int(largest.argmax())} of 0 to {len(largest) - 1}"
+    return f"{worst:.2g} {place}, median {float(largest.median()):.1g}"
 
 
 @torch.no_grad()
@@ -120,17 +190,17 @@ def _largest_ratio(policy: Policy, episodes: Trajectory, batch: int, scale: floa
 
 def _reward_gradient(episodes: Trajectory, reward: Reward) -> Finding:
     images = episodes.images.clone().requires_grad_()
-    score = reward(images, episodes.context)
+    scores = reward(images, episodes.context)
     slope = torch.zeros_like(images)
-    if score.requires_grad:
-        (slope,) = torch.autograd.grad(score.sum(), images)
+    if scores.requires_grad:
+        (slope,) = torch.autograd.grad(scores.sum(), images)
     sizes = slope.flatten(1).norm(dim=1)
     return Finding(
         "gradient of the reward by the pixels",
         f"norm {float(sizes.min()):.3g} to {float(sizes.max()):.3g}",
         bool((sizes > 0).all() and sizes.isfinite().all()),
-        "the reward rounds, detaches or saturates (uint8, no_grad, a clamp). Keep it in tensor operations, "
-        "or use algo=ddpo or algo=rwr.",
+        "the reward rounds, detaches or saturates (uint8, no_grad, a clamp). Keep it in tensor operations",
+        (*_AGAINST_LIMITS, "use algo=ddpo or algo=rwr"),
     )
 
 
@@ -151,7 +221,7 @@ class _Recorder:
             parameter.grad = None
 
 
-def _gradients(setup: Setup, policy: Policy, reward: Reward, algo: Algorithm) -> list[Finding]:
+def _gradients(setup: Setup, policy: Policy, reward: Reward, algo: Algorithm) -> Iterator[Finding]:
     """Take one small update, its step left out, and look at where the gradient arrived."""
     small: dict[str, Any] = {
         "batch_size": _PICTURES,
@@ -171,30 +241,40 @@ def _gradients(setup: Setup, policy: Policy, reward: Reward, algo: Algorithm) ->
     adapters = [name for name in dict(policy.named_parameters()) if "lora_B" in name]
     found = recorder.gradients
     dead = [name for name in adapters if name not in found or not found[name].any()]
-    findings = [
-        Finding(
-            "gradient in every adapter",
-            f"{len(adapters) - len(dead)} of {len(adapters)}",
-            not dead,
-            f"none in {', '.join(dead[:1])}: is it on the path to the output, and is a step kept? Look at "
-            "policy.targets and algo.truncation.",
+    layer = (dead or [""])[0].partition(".lora_B")[0]
+    yield Finding(
+        "gradient in every adapter",
+        f"{len(adapters) - len(dead)} of {len(adapters)}",
+        not dead,
+        f"none in {layer}: it is not on the path to the output, or no step that needs it is kept",
+        (
+            "leave the layer out of policy.targets",
+            "keep other steps than algo.truncation.kind={algo.truncation.kind} does",
         ),
-        Finding(
-            "gradients finite",
-            "yes" if all(g.isfinite().all() for g in found.values()) else "no",
-            all(bool(g.isfinite().all()) for g in found.values()),
-            "an overflow: lower algo.gamma, cut earlier steps with algo.truncation, or use float32.",
+    )
+    finite = all(bool(g.isfinite().all()) for g in found.values())
+    yield Finding(
+        "gradients finite",
+        "yes" if finite else "no",
+        finite,
+        "an overflow, of the reward or along the steps",
+        (
+            "lower algo.gamma={algo.gamma:g}",
+            "cut earlier steps, algo.truncation.low={algo.truncation.low} of them now",
+            *_AGAINST_ROUNDING,
+            "choose another reward than {word.reward}",
         ),
-    ]
+    )
     for number, count in enumerate(policy.label_embedding.num_classes):
         gradient = found.get(f"label_embedding.tables.{number}.weight")
         rows = 0 if gradient is None else int(gradient[:-1].any(1).sum())
-        findings.append(
-            Finding(
-                f"gradient in the label embedding, attribute {number}",
-                f"{rows} of {count} labels",
-                gradient is not None and rows > 0 and not gradient[-1].any(),
-                "labels do not reach the network, or the null row learns. Does the reward read the label?",
-            )
+        yield Finding(
+            f"gradient in the label embedding, attribute {number}",
+            f"{rows} of {count} labels",
+            gradient is not None and rows > 0 and not gradient[-1].any(),
+            "labels do not reach the network, or the null row learns",
+            (
+                "let the network of env={word.env} add class_embedding(class_labels) to its time embedding",
+                "lower algo.drop_label={algo.drop_label:g}",
+            ),
         )
-    return findings

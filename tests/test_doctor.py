@@ -1,7 +1,10 @@
 """Each trouble is put in on purpose, and the doctor must find it, and nothing else."""
 
+import re
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_cli import FAST, fails
 from torch.distributions import Independent
 
@@ -11,14 +14,43 @@ from diffrl.policy import Policy
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import LogLikelihood
 
+LARGEST = "largest |ratio - 1| before an update"
+FLOOR = "the same in other batch sizes (rounding floor)"
+
+
+def with_fast(tiny_path, *words):
+    fast = [w for w in FAST if not (w.startswith("reward.") and any("jpeg" in x for x in words))]
+    return [f"env.model={tiny_path}", *fast, *words]
+
 
 def findings(tiny_path, *words):
-    fast = [w for w in FAST if not (w.startswith("reward.") and any("jpeg" in x for x in words))]
-    return doctor.examine(config.load([f"env.model={tiny_path}", *fast, *words]))
+    return doctor.examine(config.load(with_fast(tiny_path, *words)))
 
 
 def unsound(found):
-    return [finding.check for finding in found if not finding.sound]
+    return [finding.check for finding in found if finding.sound is False]
+
+
+def advice(found):
+    """Return what is said of each check that failed."""
+    return {finding.check: finding.advice for finding in found if finding.sound is False}
+
+
+@pytest.fixture
+def drift(request, monkeypatch):
+    """A network that answers otherwise at each call, by 1e-3 or by what the test asks for."""
+    forward, calls, size = Policy.forward, [0], getattr(request, "param", 1e-3)
+
+    def drifting(self, obs, **options):
+        calls[0] += 1
+        return forward(self, {**obs, "latents": obs["latents"] + size * calls[0]}, **options)
+
+    monkeypatch.setattr(Policy, "forward", drifting)
+
+
+@pytest.fixture
+def constant(monkeypatch):
+    monkeypatch.setattr(Jpeg, "__call__", lambda self, images, context: torch.ones(len(images)))
 
 
 @pytest.mark.parametrize(
@@ -28,34 +60,102 @@ def unsound(found):
         ["algo=ddpo", "reward=jpeg"],
         ["algo=rwr", "reward=jpeg_incompressible"],
         ["algo=reward_backprop", "env.eta=0"],
+        ["algo=ctrl", "reward=surrogate[jpeg]"],
     ],
     ids=" ".join,
 )
 def test_a_sound_combination_has_no_finding(words, tiny_path):
     found = findings(tiny_path, *words)
     assert unsound(found) == []
-    assert ("largest |ratio - 1| before an update" in [f.check for f in found]) == (
-        "env.eta=0" not in words
-    )
+    checks = [finding.check for finding in found]
+    assert (LARGEST in checks) == ("env.eta=0" not in words)
+    assert "gradient in every adapter" in checks
 
 
-def test_constant_rewards_are_found(tiny_path, monkeypatch):
-    monkeypatch.setattr(Jpeg, "__call__", lambda self, images, context: torch.ones(len(images)))
-    assert unsound(findings(tiny_path, "algo=rwr", "reward=jpeg")) == ["rewards of 8 pictures"]
+def test_an_algorithm_that_trains_nothing_has_no_gradients_to_look_at(tiny_path):
+    found = findings(tiny_path, "algo=none", "reward=jpeg")
+    assert unsound(found) == []
+    last = found[-1]
+    assert (last.check, last.sound) == ("ratios and gradients", None)
+    assert last.value == "skipped: algo=none trains nothing"
+    assert not any("gradient in" in finding.check for finding in found)
+    assert main(["doctor", *with_fast(tiny_path, "algo=none", "reward=jpeg")]) == 0
 
 
-def test_a_policy_whose_re_scoring_differs_is_found(tiny_path, monkeypatch):
-    forward, calls = Policy.forward, [0]
+def test_constant_rewards_are_found(tiny_path, constant):
+    said = advice(findings(tiny_path, "algo=rwr", "reward=jpeg"))
+    assert list(said) == ["rewards of 8 pictures"]
+    assert said["rewards of 8 pictures"].endswith("To mend it choose another reward than jpeg.")
 
-    def drifting(self, obs):
-        calls[0] += 1
-        obs = {**obs, "latents": obs["latents"] + 1e-3 * calls[0]}
-        return forward(self, obs)
 
-    monkeypatch.setattr(Policy, "forward", drifting)
-    found = unsound(findings(tiny_path, "algo=ddpo", "reward=jpeg"))
-    assert "largest |ratio - 1| before an update" in found
-    assert "KL of the untrained policy" in found
+def test_a_reward_that_is_cut_off_everywhere_names_its_clip(tiny_path):
+    """Sizes are kB away from 0, each part is kept within .001 of it, and the two cancel."""
+    words = ["algo=rwr", "reward=[jpeg,jpeg_incompressible]", "reward.clip=1e-3"]
+    said = advice(findings(tiny_path, *words))
+    assert list(said) == ["rewards of 8 pictures"]
+    assert "raise reward.clip=0.001, or" in said["rewards of 8 pictures"]
+
+
+def test_a_surrogate_of_constant_rewards_is_found(tiny_path, constant):
+    found = findings(tiny_path, "algo=ctrl", "reward=surrogate[jpeg]")
+    assert unsound(found) == ["rewards of 8 pictures", "gradient of the reward by the pixels"]
+    assert found[0].value == "1 to 1, after 8 queries"
+    assert found[-1].sound is None  # what would follow the reward's gradient
+
+
+def test_a_policy_whose_re_scoring_differs_is_found(tiny_path, drift):
+    said = advice(findings(tiny_path, "algo=ddpo", "reward=jpeg"))
+    for check in (LARGEST, "KL of the untrained policy"):
+        assert "To mend it let load() of env=emoji return its network in .eval() mode" in said[check]
+    assert "policy.targets" in said["KL of the untrained policy"]
+    assert FLOOR in said
+
+
+@pytest.mark.parametrize(("drift", "advised"), [(1e-5, True), (1, False)], indirect=["drift"])
+def test_a_wider_clip_range_is_advised_against_what_may_be_rounding(drift, advised, tiny_path):
+    said = advice(findings(tiny_path, "algo=ddpo", "reward=jpeg"))
+    assert ("raise algo.clip_range=0.0001 above" in said[FLOOR]) == advised
+    assert ("raise algo.clip_range=0.0001 above" in said[LARGEST]) == advised
+
+
+@pytest.mark.parametrize(
+    ("words", "mend"),
+    [
+        (["algo=ctrl"], "take fewer, larger steps than env.num_steps=2."),
+        (["algo=reward_backprop", "env.eta=0.5"], "raise env.eta=0.5, whose little noise magnifies it, or"),
+        (["algo=rwr", "reward=jpeg", "env.precision=bf16"], "set env.precision=fp32 instead of bf16, or"),
+    ],
+    ids=["ctrl", "little noise", "bf16"],
+)
+def test_a_ratio_is_mended_by_settings_that_are_there(words, mend, tiny_path, drift):
+    said = advice(findings(tiny_path, *words))
+    assert f"To mend it {mend}" in said[FLOOR]
+    assert "clip_range" not in said[FLOOR] + said[LARGEST]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["algo=ctrl"], ["algo=ddpo", "reward=jpeg"], ["algo=rwr"], ["algo=classifier_free"]],
+    ids=" ".join,
+)
+def test_every_advice_names_an_option_and_only_those_there_are(words, tiny_path):
+    words = with_fast(tiny_path, *words)
+    tree, chosen = config.composed(words), config.load(words)
+    found = [finding for finding in doctor._findings(chosen) if finding.sound is not None]
+    assert len(found) >= 6
+    for finding in found:
+        said = doctor._advised(chosen, finding).advice
+        dotted = re.findall(r"\b(?:algo|env|reward|policy)(?:\.[a-z_]+)+", said)
+        assert all(OmegaConf.select(tree, name) is not None for name in dotted), said
+        assert dotted or re.search(r"(algo|env)=\w|reward than \w", said), said
+
+
+def test_steps_are_told_one_by_one_if_they_are_few():
+    assert doctor._by_step(torch.zeros(20)) == "0 at each of 20 steps"
+    assert doctor._by_step(torch.tensor([0.0, 2e-7, 0.5])) == "by step: 0 2e-07 0.5"
+    many = torch.full((20,), 1e-6)
+    many[17] = 1.3e-3
+    assert doctor._by_step(many) == "0.0013 at step 17 of 0 to 19, median 1e-06"
 
 
 @pytest.mark.filterwarnings("ignore:algo.clip_range=0.2 algo.log_prob_reduction=mean")
@@ -71,10 +171,10 @@ def test_a_summed_log_probability_is_held_against_the_clip_range_unreduced(tiny_
 
     monkeypatch.setattr(Independent, "log_prob", drifting)
     words = ["algo=ddpo", "reward=jpeg", "algo.clip_range=0.2"]
-    assert "largest |ratio - 1| before an update" not in unsound(findings(tiny_path, *words))
+    assert LARGEST not in unsound(findings(tiny_path, *words))
     calls[0] = 0
     words += ["algo.log_prob_reduction=sum"]
-    assert "largest |ratio - 1| before an update" in unsound(findings(tiny_path, *words))
+    assert LARGEST in unsound(findings(tiny_path, *words))
 
 
 def test_a_rounding_reward_is_found(tiny_path, monkeypatch):
@@ -94,9 +194,13 @@ def test_a_dead_adapter_and_a_deaf_embedding_are_found(tiny_path, monkeypatch):
         return original(self, x_t, timestep, 0 * prompt_embeds, torch.full_like(label, -1))
 
     monkeypatch.setattr(Policy, "_eps", deaf)
-    found = unsound(findings(tiny_path, "algo=ctrl"))
-    assert "gradient in every adapter" in found  # keys and values of the prompt see nothing
-    assert "gradient in the label embedding, attribute 0" in found
+    said = advice(findings(tiny_path, "algo=ctrl"))
+    dead = said["gradient in every adapter"]
+    assert ".attn2.to_q: " in dead  # with no prompt to ask, nothing depends on what is asked
+    assert "leave the layer out of policy.targets, or keep other steps than algo.truncation.kind=" in dead
+    deaf = said["gradient in the label embedding, attribute 0"]
+    assert "the network of env=emoji" in deaf
+    assert "drop_label" not in deaf  # a setting of classifier_free
 
 
 def test_the_command_prints_the_report_and_fails_if_something_is_bad(tiny_path, capsys, monkeypatch):
@@ -113,6 +217,14 @@ def test_the_command_prints_the_report_and_fails_if_something_is_bad(tiny_path, 
         main(["doctor", *words])
     assert stopped.value.code == 1
     assert "Keep it in tensor operations" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_bracket_in_an_advice_is_printed(tiny_path, constant, capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", *with_fast(tiny_path, "algo=ctrl", "reward=surrogate[jpeg]")])
+    report = " ".join(capsys.readouterr().out.split())
+    assert "choose another reward than surrogate[jpeg]" in report
+    assert "- gradients of the weights skipped: the reward has none to pass on" in report
 
 
 def test_a_wrong_setting_is_one_line(capsys):

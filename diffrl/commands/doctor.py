@@ -11,6 +11,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print each check with its value; exit with 1 if one is not sound."""
+    from rich.markup import escape
     from rich.table import Table
 
     from diffrl import config
@@ -21,12 +22,12 @@ def run(options: argparse.Namespace) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("", "check", "found"):
         table.add_column(heading)
+    marks = {True: "[green]ok[/]", False: "[bold red]bad[/]", None: "[dim]-[/]"}
     for finding in findings:
-        mark = "[green]ok[/]" if finding.sound else "[bold red]bad[/]"
-        table.add_row(mark, finding.check, finding.value)
+        table.add_row(marks[finding.sound], finding.check, finding.value)
     console.print(table)
-    for finding in findings:
-        if not finding.sound:
-            console.print(f"[bold red]{finding.check}[/]: {finding.advice}")
-    if not all(finding.sound for finding in findings):
+    bad = [finding for finding in findings if finding.sound is False]
+    for finding in bad:
+        console.print(f"[bold red]{finding.check}[/]: {escape(finding.advice)}")
+    if bad:
         sys.exit(1)
