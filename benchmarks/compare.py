@@ -26,7 +26,7 @@ import torch
 from diffrl import __version__, config, settings_file, train
 from diffrl.benchmarks.suites import Cell, Suite
 from diffrl.benchmarks.summary import first_of, spread, summarise
-from diffrl.build import check, check_new
+from diffrl.conflicts import check, check_new
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
 from diffrl.run import AT_A_TIME

@@ -14,24 +14,20 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from diffrl import __version__, datasets, guards, memory, processes, settings_file
+from diffrl import __version__, datasets, memory, processes, settings_file
 from diffrl import config as settings
-from diffrl.algorithms.base import check_choice
-from diffrl.algorithms.guidance.base import Guidance, Unguided
-from diffrl.algorithms.untrained import Untrained
+from diffrl.algorithms.guidance.base import Guidance
 from diffrl.cache import cache_folder
 from diffrl.config import Config
+from diffrl.conflicts import check, is_learned
 from diffrl.datasets import Entry, PictureFiles
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.envs.prompts import load_prompts
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
 from diffrl.policy import Policy, Pretrained
-from diffrl.quality import unavailable
-from diffrl.rewards.clip import load_clip
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import LAYOUT, LogLikelihood
-from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.rollout import rollout
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward, stream_seed
@@ -165,6 +161,8 @@ class Setup:
             else:
                 reward = self._fit(policy)
                 reward.save(path)
+                with FileLock(f"{self._pictures_file()}.lock"):
+                    self._pictures_file().unlink(missing_ok=True)
         _warn_of_few(reward)
         return reward
 
@@ -190,17 +188,46 @@ class Setup:
         return entries
 
     def _draw(self, policy: Policy, count: int) -> Tensor:
-        """Return `count` pictures of the pretrained model, uint8: CTRL's offline dataset."""
+        """Return `count` pictures of the pretrained model, uint8: CTRL's offline dataset.
+
+        They lie in a file, not in memory, and are there again if the fit refuses them.
+        """
+        path, side = self._pictures_file(), self.backbone.image_size
+        size = count * 3 * side**2
+        with FileLock(f"{path}.lock"):
+            if path.is_file() and path.stat().st_size == size:
+                console.print(f"offline dataset: drawn before, {path}")
+            else:
+                self._write_pictures(policy, count, path)
+            pictures = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        return pictures.view(count, 3, side, side)
+
+    def _write_pictures(self, policy: Policy, count: int, path: Path) -> None:
         at_once = self.config.eval_batch
-        env = self.make_env(Jpeg(), min(at_once, count))
-        generator, pictures = self.generator(1), []
-        with progress("drawing the offline dataset", count) as bar, memory.told("eval_batch", at_once):
-            for batch in range(-(-count // env.num_envs)):
-                seed = None if batch else self.config.seed
+        env, generator = self.make_env(Jpeg(), min(at_once, count)), self.generator(1)
+        draft, left = path.with_suffix(".tmp"), count
+        with (
+            progress("drawing the offline dataset", count) as bar,
+            memory.told("eval_batch", at_once),
+            draft.open("wb") as file,
+        ):
+            while left > 0:
+                seed = self.config.seed if left == count else None
                 images = rollout(env, Pretrained(policy), generator, seed=seed).images
-                pictures.append((255 * images).round().byte().cpu())
+                file.write((255 * images[:left]).round().byte().cpu().numpy().tobytes())
+                left -= env.num_envs
                 bar.advance(env.num_envs)
-        return torch.cat(pictures)[:count]
+        draft.replace(path)
+
+    def _pictures_file(self) -> Path:
+        """Return where the pictures lie until a classifier is fitted to them, whatever its settings."""
+        facts = json.dumps([__version__, self.config.seed, *self._drawn_by()], sort_keys=True)
+        return cache_folder() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.pictures"
+
+    def _drawn_by(self) -> list[Any]:
+        """Return what decides the pictures besides the seed and their number."""
+        env = settings_file.facts(self.config)["env"]
+        return [env, self.prompts, self.config.eval_batch, str(self.device.type)]
 
     def _reward_key(self) -> str:
         """Return a hash of all that decides the classifier: model, sampler, prompts, data, settings."""
@@ -209,8 +236,7 @@ class Setup:
         del fitted["ceiling"]  # of the reward, not of its classifier
         facts = [__version__, LAYOUT, _FITTED, settings.chosen(config, "reward"), fitted, config.seed]
         if self.dataset is None:
-            env = settings_file.facts(config)["env"]
-            facts += [env, self.prompts, config.eval_batch, str(self.device.type)]
+            facts += self._drawn_by()
         else:
             facts.append(self.dataset.fingerprint())
         digest.update(json.dumps(facts, sort_keys=True).encode())
@@ -247,133 +273,6 @@ def _check_side(reward: LogLikelihood, side: int, path: object) -> None:
                 f"reward.classifier={path}: fitted to pictures of {fitted} px, and this env's have {side}: "
                 f"another {attribute.measure.title}. Run 'diffrl fit' with this env."
             )
-
-
-def is_learned(reward: object) -> bool:
-    """Return whether these are the settings of a classifier, to be fitted or loaded."""
-    return getattr(reward, "learned", False)
-
-
-def _has_gradient(reward: Any) -> bool:
-    return is_learned(reward) or reward.differentiable
-
-
-def check(config: Config) -> None:
-    """Raise DiffRLError for settings that contradict each other."""
-    name, reward = settings.chosen(config, "algo"), settings.chosen(config, "reward")
-    if config.algo.needs_gradient and not _has_gradient(config.reward):
-        raise DiffRLError(
-            f"algo={name} reward={reward}: {name} needs a differentiable reward and {reward!r} is a black "
-            "box. Use reward=compressibility."
-        )
-    if config.algo.needs_noise and config.env.eta == 0:
-        raise DiffRLError(
-            f"algo={name} env.eta=0: without noise a step has no density and no KL. Use env.eta=1."
-        )
-    labels = is_learned(config.reward) or hasattr(config.reward, "draw_label")
-    if config.algo.needs_labels and not labels:
-        raise DiffRLError(
-            f"algo={name} reward={reward}: {name} learns from labels, and {reward!r} gives none. Use "
-            "reward=compressibility."
-        )
-    check_choice("resume", config.resume, ("never", "auto"))
-    every = ("checkpoint_every", "eval_every")
-    for option in (*every, "keep_last", "patience", "eval_batch", "eval_pictures"):
-        if (value := getattr(config, option)) is not None and value < 1:
-            raise DiffRLError(f"{option}={value}: must be 1 or more.")
-    if config.seed < 0:
-        raise DiffRLError(f"seed={config.seed}: must be 0 or more.")
-    if config.reward_timeout is not None and not config.reward_timeout > 0:
-        raise DiffRLError(f"reward_timeout={config.reward_timeout}: must be positive, or null for none.")
-    if config.patience is not None and config.keep_best is None:
-        raise DiffRLError(
-            f"patience={config.patience} keep_best=null: better by what? Give keep_best=eval/accuracy, or "
-            "another name in metrics.jsonl."
-        )
-    if config.clip is not None:
-        load_clip(config.clip)  # kept for the evaluations, or refused before anything is trained
-    if config.eval_scales and getattr(config.env, "num_dims", None) is not None:
-        raise DiffRLError(
-            f"eval_scales={config.eval_scales}: for pictures; give 'diffrl eval' --control-scale."
-        )
-    trains = not isinstance(config.algo, Untrained) or config.guidance.needs_gradient
-    if trains and getattr(config.env, "precision", None) == "fp16":
-        raise DiffRLError(
-            "env.precision=fp16: gradients underflow in it, and this algorithm or guidance needs them. Use "
-            "env.precision=bf16."
-        )
-    _check_guidance(config)
-    _check_space(config)
-    if config.dataset is not None and getattr(config.env, "num_dims", None) is not None:
-        raise DiffRLError(
-            f"dataset={config.dataset}: for pictures, and this env makes points. Leave it out."
-        )
-
-
-def check_new(config: Config) -> None:
-    """Raise DiffRLError for settings that no run can begin with, though one that is there may have them."""
-    if config.keep_best is not None:
-        num_dims = getattr(config.env, "num_dims", None)
-        guards.check_metric(
-            config.keep_best,
-            pictures=num_dims is None,
-            labels=is_learned(config.reward),
-            exact=num_dims == 1 and isinstance(config.guidance, Unguided),
-        )
-        if why := unavailable(config.keep_best.removeprefix("eval/"), config.clip):
-            raise DiffRLError(f"keep_best={config.keep_best}: {why}.")
-        if config.keep_best == "eval/prompt_fidelity" and judge_folder(config.env) is None:
-            raise DiffRLError(
-                f"keep_best={config.keep_best} env.model={getattr(config.env, 'model', None)}: no judge of "
-                "prompts lies beside this model, as one does beside env=emoji's. Use "
-                "keep_best=eval/clip_score and clip=PATH."
-            )
-
-
-def judge_folder(env: Any) -> Path | None:
-    """Return where the judge of prompt fidelity lies beside an env's checkpoint; None if there is none."""
-    model = getattr(env, "model", None)  # an env of somebody's may have none
-    folder = Path(model) / "judge" if model else None
-    return folder if folder is not None and folder.is_dir() else None
-
-
-def _check_guidance(config: Config) -> None:
-    name, reward = settings.chosen(config, "guidance"), settings.chosen(config, "reward")
-    if config.guidance.needs_gradient and not _has_gradient(config.reward):
-        raise DiffRLError(
-            f"guidance={name} reward={reward}: it follows the reward's gradient, and {reward!r} is a black "
-            "box. Use guidance=svdd or smc, or reward=compressibility."
-        )
-    if config.guidance.needs_gradient and isinstance(config.reward, OnlineSurrogateReward):
-        raise DiffRLError(
-            f"guidance={name} reward={reward}: a surrogate learns while a policy is trained, and it knows "
-            "nothing here. Use guidance=svdd or smc, with the reward itself."
-        )
-    if config.guidance.needs_noise and config.env.eta == 0:
-        raise DiffRLError(
-            f"guidance={name} env.eta=0: without noise there is nothing to choose from, and sigma^2 moves "
-            "nothing. Use env.eta=1."
-        )
-    if config.guidance.needs_training and isinstance(config.algo, Untrained):
-        raise DiffRLError(
-            f"guidance={name} algo=none: an untrained policy does not know its label. Give the folder of a "
-            "run, or train with algo=classifier_free."
-        )
-
-
-def _check_space(config: Config) -> None:
-    """A reward scores pictures, or points of as many dimensions as the env's."""
-    ours, theirs = (getattr(part, "num_dims", None) for part in (config.env, config.reward))
-    if ours == theirs:
-        return
-    env, reward = settings.chosen(config, "env"), settings.chosen(config, "reward")
-    made, scored = ("pictures" if d is None else f"points of {d} dimension(s)" for d in (ours, theirs))
-    fix = "Use reward=compressibility."
-    if ours is not None:
-        fix = (
-            "Use reward=softmax." if theirs is None else "Give its slopes or observations as many numbers."
-        )
-    raise DiffRLError(f"env={env} reward={reward}: the env makes {made}, the reward scores {scored}. {fix}")
 
 
 def _device(name: str) -> torch.device:

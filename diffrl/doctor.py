@@ -16,8 +16,9 @@ from torch import Tensor
 
 from diffrl.algorithms.base import Algorithm
 from diffrl.algorithms.untrained import Untrained
-from diffrl.build import Setup, is_learned
+from diffrl.build import Setup
 from diffrl.config import Config, chosen
+from diffrl.conflicts import is_learned
 from diffrl.policy import Policy
 from diffrl.rewards.scoring import score
 from diffrl.rewards.surrogate import OnlineSurrogateReward

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from diffrl.build import Setup, is_learned
+from diffrl.build import Setup
 from diffrl.config import Config
+from diffrl.conflicts import is_learned
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import picture_grid
 from diffrl.meter import now, peak_memory

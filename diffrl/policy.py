@@ -201,9 +201,7 @@ class Policy(nn.Module):
         }
         return self._guided(obs, label, adapters=True)
 
-    def _guided(
-        self, obs: Observation, label: Tensor, *, adapters: bool, in_chain: bool = False
-    ) -> Tensor:
+    def _guided(self, obs: Observation, label: Tensor, *, adapters: bool, in_chain: bool = False) -> Tensor:
         inputs = (obs["latents"], obs["timestep"], obs["prompt_embeds"], label, adapters)
         self.num_calls += len(label) * self.calls_per_step
         if not (in_chain and self.checkpointing and torch.is_grad_enabled()):

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from diffrl import settings_file, weights
-from diffrl.build import Setup, is_learned, judge_folder
+from diffrl.build import Setup
 from diffrl.config import Config
+from diffrl.conflicts import is_learned, judge_folder
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import evaluate
 from diffrl.evaluate_mixture import MixtureEvaluation

@@ -15,8 +15,9 @@ from shlex import quote
 
 from diffrl import checkpoint, disk, lock, processes, settings_file, weights
 from diffrl import config as settings
-from diffrl.build import Setup, check_new
+from diffrl.build import Setup
 from diffrl.config import Config
+from diffrl.conflicts import check_new
 from diffrl.errors import DiffRLError
 from diffrl.log import RunLog, console
 from diffrl.restore import (

@@ -4,13 +4,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import assert_close
 from PIL import Image
 
 from diffrl import config
 from diffrl.build import Setup
+from diffrl.cache import cache_folder
 from diffrl.envs.denoising import own_seed
 from diffrl.errors import DiffRLError
+from diffrl.policy import Pretrained
 from diffrl.rewards.closed_form import Softmax
+from diffrl.rewards.jpeg import Jpeg, jpeg_kilobytes
+from diffrl.rollout import rollout
 
 
 def test_of_two_that_want_the_same_classifier_one_fits_it(tiny_path, empty_cache, monkeypatch):
@@ -29,6 +34,27 @@ def test_of_two_that_want_the_same_classifier_one_fits_it(tiny_path, empty_cache
     assert drawn == [40]
     first, second = (reward.attributes[0].edges.tolist() for reward in rewards)
     assert first == second
+
+
+def test_pictures_that_a_fit_refuses_need_not_be_drawn_again(tiny_path, empty_cache, monkeypatch, capsys):
+    words = [f"env.model={tiny_path}", "env.num_steps=2", "reward.num_pictures=40", "eval_batch=16"]
+    refused, taken = (
+        Setup(config.load([*words, f"reward.{w}"])) for w in ("edges=[9000]", "num_classes=2")
+    )
+    policy = taken.make_policy((2,))
+    env, generator = taken.make_env(Jpeg(), 16), taken.generator(1)
+    drawn = [rollout(env, Pretrained(policy), generator, seed=seed).images for seed in (0, None, None)]
+    with pytest.raises(DiffRLError, match="too few to fit"):
+        refused.make_reward(policy)
+    (file,) = cache_folder().glob("*.pictures")
+    stored = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8).view(40, 3, 16, 16)
+    assert_close(stored / 255, torch.cat(drawn)[:40], atol=0.501 / 255)
+    monkeypatch.setattr(Setup, "_write_pictures", None)
+    reward = taken.make_reward(policy)
+    assert "drawn before" in capsys.readouterr().out
+    sizes = jpeg_kilobytes(stored / 255)
+    assert reward.attributes[0].edges.tolist() == pytest.approx([float(sizes.quantile(0.5))])
+    assert not file.exists()
 
 
 def test_no_stream_of_a_run_is_the_env_s_own():

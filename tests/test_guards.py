@@ -10,8 +10,8 @@ from test_cli import fails
 
 from diffrl import checkpoint, config, guards
 from diffrl.algorithms.ddpo import DDPO
-from diffrl.build import check_new
 from diffrl.cli import main
+from diffrl.conflicts import check_new
 from diffrl.errors import DiffRLError
 from diffrl.guards import Guards, suspicions
 

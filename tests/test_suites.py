@@ -7,7 +7,7 @@ import yaml
 from small_suite import COLUMNS, ROWS, words, write
 from test_cli import fails
 
-from diffrl import build, config
+from diffrl import config, conflicts
 from diffrl.benchmarks import suites
 from diffrl.errors import DiffRLError
 
@@ -93,5 +93,5 @@ def test_the_rows_of_every_suite_are_settings_that_train_takes(name):
     for name, row in suite.rows.items():
         tried = [f"{key}={v}" for key, vs in suite.tune.get(name, {}).items() for v in vs]
         for word in [None, *tried]:
-            build.check(config.load([*suite.settings, *row, *([word] if word else [])]))
+            conflicts.check(config.load([*suite.settings, *row, *([word] if word else [])]))
         config.load([*suite.settings, *row, *suite.quick.get("all", []), *suite.quick.get(name, [])])

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrl.build import is_learned
 from diffrl.checks import alike, global_generators, instance, raise_faults
+from diffrl.conflicts import is_learned
 from diffrl.errors import DiffRLError
 from diffrl.rewards.scoring import score
 from diffrl.types import NO_LABEL, Context, Reward

@@ -15,7 +15,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Fit, print the report, and write the classifier if asked."""
     from diffrl import config
-    from diffrl.build import Setup, is_learned
+    from diffrl.build import Setup
+    from diffrl.conflicts import is_learned
     from diffrl.log import console
     from diffrl.restore import describe
     from diffrl.rewards.log_likelihood import LogLikelihood
