@@ -51,7 +51,10 @@ def charts(suite: Suite, records: list[dict[str, Any]], rows: list[dict[str, Any
         said = "What the run's evaluations measured."
         found.append(Chart("Training", said, plot.training, (measured, "pictures drawn", 3)))
     if panels := prices(rows):
-        said = "Up and left is better. A method whose steps have no density has no KL."
+        said = (
+            "Up and left is better; mean over seeds with its 95% interval. A method whose steps have no "
+            "density has no KL."
+        )
         found.append(Chart("Control against its price", said, plot.frontier, (panels, "accuracy")))
     return found
 

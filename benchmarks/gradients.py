@@ -1,4 +1,4 @@
-"""Which setting gives the least variance a second? Gradients of one run's policy, drawn again and again.
+"""Which setting gives the least variance a second? Pathwise gradients of one run, drawn again and again.
 
     python -m diffrl.benchmarks.gradients RUN algo.kl_steps=1 algo.kl_steps=2 algo.truncation.count=2
 
@@ -27,14 +27,16 @@ from torch import Tensor
 from torch.optim import SGD
 
 from diffrl import weights
-from diffrl.algorithms.base import Algorithm
+from diffrl.algorithms.pathwise import Pathwise
 from diffrl.benchmarks.compare import provenance
 from diffrl.build import Setup
+from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.log import console, print_wide, progress
 from diffrl.policy import Policy
 from diffrl.restore import settings_of, untrained
-from diffrl.types import Reward, Trajectory
+from diffrl.rewards.surrogate import OnlineSurrogateReward
+from diffrl.types import Trajectory
 
 _EPISODES, _ACTIONS = 0, 1  # streams of random numbers, of a round each
 
@@ -48,28 +50,31 @@ def measure(run: Path, rows: Sequence[str], rounds: int) -> list[dict[str, Any]]
         rounds: gradients a row, 2 or more.
 
     Raises:
-        DiffRLError: a word that is no setting of the algorithm, or too few rounds.
+        DiffRLError: a word that is no setting of the algorithm, too few rounds, or a run whose gradient is
+            no function of its weights and a batch: of another algorithm, a surrogate or a KL budget.
     """
     if rounds < 2:
         raise DiffRLError(f"--rounds {rounds}: must be 2 or more, for a variance.")
     algos = [replace(_algorithm(run, row.split("+")), max_grad_norm=math.inf) for row in rows]
     setup, policy, reward = untrained(run, settings_of(run))
+    if isinstance(reward, OnlineSurrogateReward):
+        raise DiffRLError(f"{run}: its reward is a surrogate, which learns on the way; take another run.")
     weights.load(policy, run)
+    env = setup.make_env(reward, algos[0].micro_batch_size)
     found: list[list[Tensor]] = [[] for _ in rows]
     seconds: list[list[float]] = [[] for _ in rows]
     with progress("gradients", rounds * len(rows)) as bar:
         for number in range(rounds):
             for algo, gradients, times in zip(algos, found, seconds, strict=True):
                 begin = time.perf_counter()
-                gradients.append(gradient(setup, policy, reward, replace(algo), number))
+                gradients.append(gradient(setup, policy, env, algo, number))
                 times.append(time.perf_counter() - begin)
                 bar.advance()
     return compared(rows, [torch.stack(gradients) for gradients in found], seconds)
 
 
-def gradient(setup: Setup, policy: Policy, reward: Reward, algo: Algorithm, number: int) -> Tensor:
+def gradient(setup: Setup, policy: Policy, env: DenoisingVectorEnv, algo: Pathwise, number: int) -> Tensor:
     """Return the gradient of one batch, flat, as the optimiser is given it; `number` seeds its noise."""
-    env = setup.make_env(reward, algo.micro_batch_size)
     recorder = _Recorder([*policy.lora_parameters(), *policy.embedding_parameters()])
 
     def batch() -> Iterator[Trajectory]:
@@ -116,14 +121,17 @@ class _Recorder(SGD):
         self.last = torch.cat([part.flatten() for part in parts]).cpu()
 
 
-def _algorithm(run: Path, words: list[str]) -> Algorithm:
+def _algorithm(run: Path, words: list[str]) -> Pathwise:
     """Return the run's algorithm with other settings."""
     for word in words:
         if not word.startswith("algo."):
             raise DiffRLError(f"{word}: no setting of the algorithm; give words such as algo.kl_steps=2.")
         if word.partition("=")[0] in ("algo.batch_size", "algo.micro_batch_size"):
             raise DiffRLError(f"{word}: rows compare at the run's own batch; leave it out.")
-    return settings_of(run, words).algo
+    algo = settings_of(run, words).algo
+    if not isinstance(algo, Pathwise) or algo.kl_budget is not None:
+        raise DiffRLError(f"{run}: no run of ctrl or reward_backprop without a KL budget.")
+    return algo
 
 
 def main() -> int:

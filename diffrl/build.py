@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from diffrl import __version__, datasets, memory, processes, settings_file
+from diffrl import __version__, datasets, disk, memory, processes, settings_file
 from diffrl import config as settings
 from diffrl.algorithms.guidance.base import Guidance
 from diffrl.cache import cache_folder
@@ -161,8 +161,8 @@ class Setup:
             else:
                 reward = self._fit(policy)
                 reward.save(path)
-                with FileLock(f"{self._pictures_file()}.lock"):
-                    self._pictures_file().unlink(missing_ok=True)
+                if self.dataset is None:
+                    self._forget_pictures(chosen.num_pictures)
         _warn_of_few(reward)
         return reward
 
@@ -192,10 +192,10 @@ class Setup:
 
         They lie in a file, not in memory, and are there again if the fit refuses them.
         """
-        path, side = self._pictures_file(), self.backbone.image_size
+        path, side = self._pictures_file(count), self.backbone.image_size
         size = count * 3 * side**2
-        with FileLock(f"{path}.lock"):
-            if path.is_file() and path.stat().st_size == size:
+        with FileLock(f"{path}.lock"), disk.told(path, "Make room, or set DIFFRL_CACHE to another folder."):
+            if path.is_file():
                 console.print(f"offline dataset: drawn before, {path}")
             else:
                 self._write_pictures(policy, count, path)
@@ -205,24 +205,32 @@ class Setup:
     def _write_pictures(self, policy: Policy, count: int, path: Path) -> None:
         at_once = self.config.eval_batch
         env, generator = self.make_env(Jpeg(), min(at_once, count)), self.generator(1)
-        draft, left = path.with_suffix(".tmp"), count
-        with (
-            progress("drawing the offline dataset", count) as bar,
-            memory.told("eval_batch", at_once),
-            draft.open("wb") as file,
-        ):
-            while left > 0:
-                seed = self.config.seed if left == count else None
-                images = rollout(env, Pretrained(policy), generator, seed=seed).images
-                file.write((255 * images[:left]).round().byte().cpu().numpy().tobytes())
-                left -= env.num_envs
-                bar.advance(env.num_envs)
-        draft.replace(path)
+        draft, left = path.with_suffix(".tmp"), count  # ours, as the lock is
+        try:
+            with (
+                progress("drawing the offline dataset", count) as bar,
+                memory.told("eval_batch", at_once),
+                draft.open("wb") as file,
+            ):
+                while left > 0:
+                    seed = self.config.seed if left == count else None
+                    images = rollout(env, Pretrained(policy), generator, seed=seed).images
+                    file.write((255 * images[:left]).round().byte().cpu().numpy().tobytes())
+                    left -= env.num_envs
+                    bar.advance(env.num_envs)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)  # it may be what fills the disk
 
-    def _pictures_file(self) -> Path:
+    def _pictures_file(self, count: int) -> Path:
         """Return where the pictures lie until a classifier is fitted to them, whatever its settings."""
-        facts = json.dumps([__version__, self.config.seed, *self._drawn_by()], sort_keys=True)
-        return cache_folder() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.pictures"
+        facts = [__version__, _FITTED, self.config.seed, count, *self._drawn_by()]
+        return cache_folder() / f"{_digest(facts)}.pictures"
+
+    def _forget_pictures(self, count: int) -> None:
+        path = self._pictures_file(count)
+        with FileLock(f"{path}.lock"):
+            path.unlink(missing_ok=True)
 
     def _drawn_by(self) -> list[Any]:
         """Return what decides the pictures besides the seed and their number."""
@@ -231,7 +239,7 @@ class Setup:
 
     def _reward_key(self) -> str:
         """Return a hash of all that decides the classifier: model, sampler, prompts, data, settings."""
-        config, digest = self.config, hashlib.sha256()
+        config = self.config
         fitted = asdict(config.reward)
         del fitted["ceiling"]  # of the reward, not of its classifier
         facts = [__version__, LAYOUT, _FITTED, settings.chosen(config, "reward"), fitted, config.seed]
@@ -239,8 +247,11 @@ class Setup:
             facts += self._drawn_by()
         else:
             facts.append(self.dataset.fingerprint())
-        digest.update(json.dumps(facts, sort_keys=True).encode())
-        return digest.hexdigest()[:32]
+        return _digest(facts)
+
+
+def _digest(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _warn_of_unreadable(dataset: PictureFiles) -> None:

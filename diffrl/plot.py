@@ -30,6 +30,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
 }
+_MARKERS = "os^D"
 _INK = "#010203"  # stands for the page's own colour of text until the SVG is written
 _ON_A_PAGE: dict[Any, Any] = {
     **dict.fromkeys(
@@ -165,7 +166,8 @@ def _draw(axes: Axes, lines: Sequence[Line], panels: Panels) -> None:
     for line in lines:
         color = f"C{names.index(line.name)}"
         if len(line.x) == 1:
-            axes.errorbar(line.x, line.y, line.band, fmt="o", color=color, label=line.name)
+            marker = _MARKERS[names.index(line.name) // 10 % len(_MARKERS)]  # colours come round after ten
+            axes.errorbar(line.x, line.y, line.band, fmt=marker, color=color, label=line.name)
             continue
         low, high = zip(*((y - b, y + b) for y, b in zip(line.y, line.band, strict=True)), strict=True)
         axes.plot(line.x, line.y, color=color, marker="o", markersize=3, label=line.name)

@@ -138,15 +138,17 @@ class Policy(nn.Module):
     def noise(self, obs: Observation, *, in_chain: bool = False) -> Tensor:
         """Return the noise prediction that the law of x_{t-1} is made of, `[N, C, H, W]`.
 
-        `in_chain`: its graph will be held together with other calls', so that checkpointing saves memory.
+        `in_chain`: its graph will be held together with others, of calls, decoder or reward, so that
+        checkpointing saves memory.
         With `control_scale` s other than 1, eps = eps_ref + s (eps - eps_ref): the strength of the
         control at inference (CTRL, appendix D); 0 runs the pretrained model alone.
         """
         if self.control_scale == 0.0:
             return self._guided(obs, self._no_label(obs), adapters=False, in_chain=in_chain)
-        eps = self._guided(obs, obs["label"], adapters=True, in_chain=in_chain)
-        if self.control_scale != 1.0:
-            reference = self._guided(obs, self._no_label(obs), adapters=False, in_chain=in_chain)
+        two = self.control_scale != 1.0
+        eps = self._guided(obs, obs["label"], adapters=True, in_chain=in_chain or two)
+        if two:
+            reference = self._guided(obs, self._no_label(obs), adapters=False, in_chain=True)
             eps = reference + self.control_scale * (eps - reference)
         return eps
 

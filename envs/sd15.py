@@ -19,7 +19,7 @@ class SD15:
     num_steps: int = 50  # T; CTRL, Table 2
     eta: float = 1.0  # DDIM's: 0 deterministic, 1 as much noise as DDPM
     guidance_scale: float = 7.5  # of the prompt: CTRL, Table 2; 1 switches it off
-    checkpointing: bool = True  # recompute activations in the backward pass: slower by 1/3, far less memory
+    checkpointing: bool = True  # recompute a chain's activations in the backward pass: far less memory
 
     def __post_init__(self) -> None:
         if self.guidance_scale < 1:

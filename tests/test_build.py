@@ -1,6 +1,9 @@
+import errno
+import io
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +58,20 @@ def test_pictures_that_a_fit_refuses_need_not_be_drawn_again(tiny_path, empty_ca
     sizes = jpeg_kilobytes(stored / 255)
     assert reward.attributes[0].edges.tolist() == pytest.approx([float(sizes.quantile(0.5))])
     assert not file.exists()
+
+
+def test_a_disk_that_fills_up_with_pictures_keeps_none_and_says_where(tiny_path, empty_cache, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = [f"env.model={tiny_path}", "env.num_steps=2", "reward.num_pictures=40", "reward.num_classes=2"]
+    setup = Setup(config.load(words))
+    monkeypatch.setattr(Path, "open", lambda path, mode: (path.touch(), Full())[1])
+    why = r"\.pictures: No space left on device\. Make room, or set DIFFRL_CACHE"
+    with pytest.raises(DiffRLError, match=why):
+        setup.make_reward(setup.make_policy((2,)))
+    assert not [*cache_folder().glob("*.pictures"), *cache_folder().glob("*.tmp")]
 
 
 def test_no_stream_of_a_run_is_the_env_s_own():

@@ -27,19 +27,19 @@ def test_the_gradient_is_that_of_a_batch_and_leaves_the_weights(learnt_run):
     parameters = [*policy.lora_parameters(), *policy.embedding_parameters()]
     before = [p.detach().clone() for p in parameters]
     algo.max_grad_norm = math.inf
-    found = gradients.gradient(setup, policy, reward, algo, 3)
+    env = setup.make_env(reward, algo.micro_batch_size)
+    found = gradients.gradient(setup, policy, env, algo, 3)
     assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
     assert all(p.grad is None for p in parameters)
 
     losses = []
     for part in range(algo.batch_size // algo.micro_batch_size):
-        env = setup.make_env(reward, algo.micro_batch_size)
         env.reset(seed=setup.seed(gradients._EPISODES, 3, part))
         drawn = algo.collect(env, policy, setup.generator(gradients._ACTIONS, 3, part))
         losses.append((drawn.kl.sum(0) / algo.gamma - drawn.reward).mean())
     exact = torch.autograd.grad(torch.stack(losses).mean(), parameters)
     torch.testing.assert_close(found, torch.cat([part.flatten() for part in exact]), rtol=1e-4, atol=1e-7)
-    assert not torch.equal(found, gradients.gradient(setup, policy, reward, algo, 4))
+    assert not torch.equal(found, gradients.gradient(setup, policy, env, algo, 4))
 
 
 def test_the_command_prints_a_row_for_each_and_stores_them(learnt_run, tmp_path, monkeypatch, capsys):
@@ -60,6 +60,7 @@ def test_the_command_prints_a_row_for_each_and_stores_them(learnt_run, tmp_path,
         ("seed=1", 2, "no setting of the algorithm"),
         ("algo.batch_size=8", 2, "leave it out"),
         ("algo.kl_steps=1", 1, "2 or more"),
+        ("algo.kl_budget=5", 2, "without a KL budget"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(learnt_run, word, rounds, why):

@@ -169,7 +169,7 @@ def test_every_network_evaluation_is_counted_once_recomputing_aside(tiny):
     """4 samples: 8 with both halves of guidance, 4 for a raw or an unconditional prediction."""
     policy = make_policy(tiny)
     obs = observe(policy)
-    policy(obs).mean.sum().backward()  # checkpointed: the network runs again, for the same evaluation
+    policy(obs, in_chain=True).mean.sum().backward()  # checkpointed: it runs again, for the same evaluation
     assert policy.num_calls == 8
     policy.eps(obs["latents"], obs["timestep"], obs["prompt_embeds"], obs["label"])
     assert policy.num_calls == 12

@@ -15,6 +15,8 @@ from diffrl.backbones import loading
 from diffrl.backbones.stable_diffusion import StableDiffusion
 from diffrl.errors import DiffRLError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fp16 alone")
+
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
@@ -42,7 +44,8 @@ def rounded(tiny_path):
 
 class TestFolder:
     def test_the_fp16_variant_is_read_where_there_is_no_other(self, half, rounded, tiny_path):
-        assert_same(StableDiffusion.load(str(half)), rounded)
+        with pytest.warns(UserWarning, match="unet is there in fp16 alone: rounded weights"):
+            assert_same(StableDiffusion.load(str(half)), rounded)
         full = StableDiffusion.load(str(tiny_path))
         assert not torch.equal(rounded.unet.conv_in.weight, full.unet.conv_in.weight)
 

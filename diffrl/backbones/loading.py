@@ -1,6 +1,7 @@
 """Finding a checkpoint and reading it: a hub id, a diffusers folder, or one file of the original layout."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,6 +176,7 @@ def _network(model: str, folder: Path, part: Network) -> nn.Module:
     if not _has_plain_weights(place, part):
         _check_files(model, place, [[f"{part.weights}.safetensors"], [f"{part.weights}{_FP16}"]])
         asked["variant"] = "fp16"
+        warnings.warn(f"{model}: {part.name} is there in fp16 alone: rounded weights.", stacklevel=2)
     if issubclass(part.kind, PreTrainedModel):
         asked["dtype"] = torch.float32  # else that of its config, to which it would round float32 weights
     network, report = _read(model, place, part.kind, **asked)

@@ -26,7 +26,7 @@ class ClosedFormPolicy:
         self.schedule = DDIMSchedule(make_scheduler(), num_steps, 1.0).double()
         self.num_calls = 0
 
-    def noise(self, obs):
+    def noise(self, obs, *, in_chain=False):
         self.num_calls += len(obs["latents"])
         return self.mixture.eps(obs["latents"], ALPHA_BAR[obs["timestep"]])
 
