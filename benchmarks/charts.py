@@ -122,6 +122,6 @@ def prices(rows: list[dict[str, Any]]) -> dict[str, list[Line]]:
             for row in rows
             if price in row and "eval/accuracy" in row
         ]
-        if len(points) > 1:
+        if len({line.x[0] for line in points}) > 1:  # or all pay the same, if not one alone
             panels[title] = points
     return panels

@@ -94,10 +94,9 @@ def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Pat
     first = {row["method"]: _first_seed(records, row["method"]) for row in rows}
     seeds = max((row["n_seeds"] for row in rows), default=0)
     about = _OF_SEVERAL if seeds > 1 else "One seed."
-    origins = {f"diffrl {r['version']} at {r['commit']}, {r['hardware']}" for r in records if "commit" in r}
     return {
         "name": name,
-        "about": " ".join([about, *(f"Measured by {origin}." for origin in sorted(origins))]),
+        "about": " ".join([about, *_origins(records)]),
         "headings": headings,
         "rows": [
             {
@@ -123,6 +122,16 @@ def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Pat
             if record and record["command"]
         ],
     }
+
+
+def _origins(records: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each version and hardware that numbers are of, with the commits."""
+    commits: dict[str, list[str]] = {}
+    for record in records:
+        if "commit" in record:
+            where = f"diffrl {record['version']} on {record['hardware']}"
+            commits.setdefault(where, []).append(record["commit"])
+    return [f"Measured by {where}, at {', '.join(dict.fromkeys(at))}." for where, at in commits.items()]
 
 
 def _first_seed(records: list[dict[str, Any]], method: str) -> dict[str, Any] | None:

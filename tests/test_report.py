@@ -35,6 +35,9 @@ def cell(row, seed):
         "minutes": 1.0,
         "points": [first, last],
         "words": [],
+        "version": "0.0.9",
+        "hardware": "an abacus",
+        "commit": f"c{min(seed, 1)}",
     }
 
 
@@ -68,6 +71,9 @@ def test_every_row_is_there_with_mean_and_interval(page):
     assert re.search(r'data-value="0\.9[^"]*">0\.900 <small>&plusmn; 0\.248</small>', html)
     assert "svdd &lt;b&gt;" in html
     assert "crash (1 failed)" in html
+    seeds = [int(n) for n in re.findall(r'<tr><td[^>]*>[^<]*</td><td data-value="(\d)">', html)]
+    assert seeds == [3] * len(ACCURACY) + [0]
+    assert "Measured by diffrl 0.0.9 on an abacus, at c0, c1." in html
     assert "diffrl train algo=ctrl seed=0" in html
     assert html.count("<svg") == 2  # learning, and control against distance
     assert html.count("data:image/webp;base64,") == 1
