@@ -4,6 +4,8 @@ Each cell has a folder and a record in the suite's result, so that a suite goes 
 that is done for the same settings is not run again, whichever of the two is left of it.
 """
 
+import copy
+import functools
 import json
 import multiprocessing
 import os
@@ -229,12 +231,19 @@ def _key(word: str) -> str:
 
 def _settings(cell: Cell, folder: Path) -> config.Config:
     """Return what a cell trains with; mistakes of settings that contradict each other show here."""
-    settings = config.load(cell.words)
+    settings = copy.deepcopy(_loaded(tuple(word for word in cell.words if _key(word) != "seed")))
+    settings.seed = cell.seed
     settings.root, settings.name, settings.resume = str(folder), cell.name, "auto"
     settings.dataset_workers = 0  # a cell is a daemon, to die with the suite, and may have no children
     check(settings)
     check_new(settings)
     return settings
+
+
+@functools.lru_cache
+def _loaded(words: tuple[str, ...]) -> config.Config:
+    """Return the settings of a row: Hydra takes a tenth of a second, and its seeds differ in one number."""
+    return config.load(list(words))
 
 
 def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:

@@ -103,6 +103,15 @@ def test_how_many_pictures_are_held_is_the_machine_s(tmp_path, monkeypatch):
         assert config.load(cell.words).algo.micro_batch_size == 4
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_cell_trains_with_what_its_words_say(seed, tmp_path):
+    """Though a row's settings are composed once for all of its seeds."""
+    words = [*SETTINGS, "algo=ctrl", f"seed={seed}"]
+    wanted = compare._settings(suites.Cell("ctrl", seed, words), tmp_path)
+    assert settings_file.same(settings_file.facts(config.load(words)), wanted)
+    assert (wanted.seed, wanted.algo) == (seed, config.load(words).algo)
+
+
 def test_a_cell_reads_its_pictures_itself(tmp_path):
     """It is a daemon, which may have no children."""
     cell = suites.Cell("ctrl", 0, [*SETTINGS, "algo=ctrl", "seed=0", "dataset_workers=4"])
