@@ -81,17 +81,28 @@ def tables(results: Path) -> dict[str, Callable[[], str]]:
         ]
         return _markdown(heading, rows)
 
-    def families() -> str:
-        result = read("emoji")
-        measures = result["settings"]["columns"]
-        rows = []
-        for row in result["rows"]:
-            cells = [_with_interval(row, first_of(measure, row)) for measure in measures.values()]
-            cells += [f"{row[f'spent/{name}']:,.0f}" for name in SPENT.values()]
-            rows.append([row["method"], str(row["n_seeds"]), *cells])
-        return _markdown(["", "seeds", *measures, *SPENT], rows)
+    def suite(name: str, *spent: str) -> str:
+        """Return a suite's columns in which any row has a number, then what its cells have `spent`."""
+        result = read(name)
+        measures, rows = result["settings"]["columns"], result["rows"]
+        shown = {
+            title: measure
+            for title, measure in measures.items()
+            if any(row.get(first_of(measure, row)) is not None for row in rows)
+        }
+        lines = []
+        for row in rows:
+            cells = [_with_interval(row, first_of(measure, row)) for measure in shown.values()]
+            cells += [f"{row[f'spent/{SPENT[title]}']:,.0f}" for title in spent]
+            lines.append([row["method"], str(row["n_seeds"]), *cells])
+        return _markdown(["", "seeds", *shown, *spent], lines)
 
-    return {"emoji": emoji, "exact": exact, "families": families}
+    return {
+        "emoji": emoji,
+        "exact": exact,
+        "families": lambda: suite("emoji", *SPENT),
+        "compressibility": lambda: suite("compressibility"),
+    }
 
 
 def written(text: str, results: Path) -> str:
