@@ -4,9 +4,9 @@
 
 Each argument after the run is one row: settings of its algorithm, several joined by '+'. Rows take turns,
 and no step is taken. A mean over updates comes as far in a second with twice the variance in half the time:
-the last column is variance x seconds, as a ratio to the first row's. Only rows of one expectation compare:
-`mean` is the cosine of a row's mean gradient and the first row's, `noise` is the norm of the standard
-deviation over that of the mean.
+the last column is variance x seconds, as a ratio to the first row's, and `error` the variance's standard
+error, relative to it. Only rows of one expectation compare: `mean` is the cosine of a row's mean gradient
+and the first row's, `noise` is the norm of the standard deviation over that of the mean.
 """
 
 import argparse
@@ -93,13 +93,16 @@ def compared(
     records: list[dict[str, Any]] = []
     first = gradients[0].mean(0)
     for row, drawn, times in zip(rows, gradients, seconds, strict=True):
-        mean, variance = drawn.mean(0), float(drawn.var(0).sum())
+        mean, rounds = drawn.mean(0), len(drawn)
+        squares = (drawn - mean).square().sum(1) * rounds / (rounds - 1)
+        variance = float(squares.mean())
         records.append(
             {
                 "settings": row,
-                "rounds": len(drawn),
+                "rounds": rounds,
                 "seconds": statistics.median(times),
                 "variance": variance,
+                "error": float(squares.std()) / math.sqrt(rounds) / variance,
                 "noise": math.sqrt(variance) / float(mean.norm()),
                 "mean": float(torch.cosine_similarity(mean, first, dim=0)),
             }
@@ -155,10 +158,10 @@ def main() -> int:
         stored = {"rows": records} | provenance()
         options.out.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     table = Table(box=box.MARKDOWN)
-    for heading in ("settings", "seconds", "noise", "mean", "variance x seconds"):
+    for heading in ("settings", "seconds", "noise", "mean", "error", "variance x seconds"):
         table.add_column(heading, justify="left" if heading == "settings" else "right", no_wrap=True)
     for record in records:
-        numbers = (record[name] for name in ("seconds", "noise", "mean", "variance_seconds"))
+        numbers = (record[name] for name in ("seconds", "noise", "mean", "error", "variance_seconds"))
         table.add_row(record["settings"], *(f"{number:.3f}" for number in numbers))
     print_wide(table)
     if options.out:

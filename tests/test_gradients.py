@@ -19,6 +19,11 @@ def test_a_row_s_price_is_variance_times_seconds_over_the_first_row_s():
     assert (first["variance"], first["seconds"], first["variance_seconds"]) == (2.0, 2.0, 1.0)
     assert (second["variance"], second["variance_seconds"], second["mean"]) == (8.0, 2.0, 0.0)
     assert second["noise"] == pytest.approx(math.sqrt(8) / 3)
+    assert second["error"] == 0  # two gradients lie equally far from their mean
+    uneven = torch.tensor([[0.0], [0.0], [3.0]])  # squares from the mean, times 3/2: 1.5, 1.5, 6
+    (row,) = gradients.compared(["c"], [uneven], [[1.0]])
+    assert row["variance"] == pytest.approx(3)
+    assert row["error"] == pytest.approx(math.sqrt(6.75 / 3) / 3)
 
 
 def test_the_gradient_is_that_of_a_batch_and_leaves_the_weights(learnt_run):
