@@ -7,7 +7,6 @@ that is done for the same settings is not run again, whichever of the two is lef
 import copy
 import functools
 import json
-import multiprocessing
 import os
 import platform
 import shlex
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from diffrl import __version__, config, settings_file, train
+from diffrl.benchmarks import forks
 from diffrl.benchmarks.suites import Cell, Suite
 from diffrl.benchmarks.summary import first_of, spread, summarise
 from diffrl.conflicts import check, check_new
@@ -192,8 +192,7 @@ def _run_all(
                 said = f"{', '.join(sorted(others))}; this is {now[what]}"
                 console.print(f"[bold]some are of other {what}[/]: {said}")
     lock = threading.Lock()
-    context = multiprocessing.get_context("forkserver")  # a server imports once, each cell is its fork
-    context.set_forkserver_preload(["diffrl.train"])
+    context = forks.server()
     threads = threads or max(torch.get_num_threads() // jobs, 1)  # of the cores that we may use
     origin = now | {"jobs": jobs, "threads": threads}
     with ThreadPoolExecutor(jobs) as pool, progress("cells", len(todo)) as bar:
@@ -322,9 +321,8 @@ def _ours(record: Record, wanted: config.Config, what: str, fix: str) -> Record:
     """
     if (then := record.get("version")) != __version__:
         raise DiffRLError(f"{what} of diffrl {then}, and this is {__version__}. Give another {fix}.")
-    for name, (was, now) in settings_file.changed(
-        record.get("settings", {}), settings_file.facts(wanted)
-    ).items():
+    if changed := settings_file.changed(record.get("settings", {}), settings_file.facts(wanted)):
+        name, (was, now) = next(iter(changed.items()))
         raise DiffRLError(
             f"{what} of other settings: {name} was {was}, and is {now} now. Give another {fix}."
         )

@@ -26,7 +26,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import SGD
 
-from diffrl import weights
 from diffrl.algorithms.pathwise import Pathwise
 from diffrl.benchmarks.compare import provenance
 from diffrl.build import Setup
@@ -34,7 +33,7 @@ from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.log import console, print_wide, progress
 from diffrl.policy import Policy
-from diffrl.restore import settings_of, untrained
+from diffrl.restore import restore, settings_of
 from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.types import Trajectory
 
@@ -56,10 +55,9 @@ def measure(run: Path, rows: Sequence[str], rounds: int) -> list[dict[str, Any]]
     if rounds < 2:
         raise DiffRLError(f"--rounds {rounds}: must be 2 or more, for a variance.")
     algos = [replace(_algorithm(run, row.split("+")), max_grad_norm=math.inf) for row in rows]
-    setup, policy, reward = untrained(run, settings_of(run))
+    setup, policy, reward = restore(run, {})
     if isinstance(reward, OnlineSurrogateReward):
         raise DiffRLError(f"{run}: its reward is a surrogate, which learns on the way; take another run.")
-    weights.load(policy, run)
     env = setup.make_env(reward, algos[0].micro_batch_size)
     found: list[list[Tensor]] = [[] for _ in rows]
     seconds: list[list[float]] = [[] for _ in rows]

@@ -9,7 +9,6 @@ optimiser state, to the bit; then the next one begins.
 
 import argparse
 import json
-import multiprocessing
 import random
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrl import checkpoint, config
+from diffrl.benchmarks import forks
 from diffrl.benchmarks.compare import provenance
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
@@ -44,8 +44,7 @@ def soak(kills: int, words: list[str], root: Path, seed: int) -> dict[str, Any]:
         seed: of the moments.
     """
     moments = random.Random(seed)
-    context = multiprocessing.get_context("forkserver")  # it imports once, each run is its fork
-    context.set_forkserver_preload(["diffrl.train"])
+    context = forks.server()
 
     def start(name: str) -> Any:
         process = context.Process(target=_train, args=([*words, f"root={root}", f"name={name}"],))

@@ -36,8 +36,10 @@ def told(setting: str, value: int, folder: Path | None = None, *, of: int = 0) -
             raise
         reason = " ".join([f"{setting}={value}: out of memory.", *str(error).splitlines()[:1]])
         if value == 1:
-            fix = "One picture at a time is the least; use env.precision=bf16, or for a chain "
-            fix += "of steps, as of ctrl and reward_backprop, env.checkpointing=true."
+            fix = (
+                "One picture at a time is the least; use env.precision=bf16, or for a chain of steps, as "
+                "of ctrl and reward_backprop, env.checkpointing=true."
+            )
         else:
             less = max(size for size in range(1, value // 2 + 1) if of % size == 0)
             fix = f"Take fewer at a time: {setting}={less}"

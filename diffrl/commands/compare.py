@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train what is not done yet, write the result and show it."""
-    forkserver.set_forkserver_preload(["diffrl.train"])  # cells are its forks
-    forkserver.ensure_running()  # it imports while we do
+    from diffrl.benchmarks import forks
+
+    forks.server()  # it imports while we do
     from diffrl.benchmarks import compare, result, suites, summary
     from diffrl.log import console, print_wide
 
