@@ -5,14 +5,15 @@ everyone has: where they are missing, the measure is a sentence that says what t
 """
 
 import math
+import warnings
 from collections.abc import Hashable, Sequence
-from pathlib import Path
-from urllib.error import URLError
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffrl.rewards.clip import load_clip
+from diffrl.types import to_pixels
 
 _BATCH = 64  # pictures at a time
 _LUMA = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601, as JPEG has it
@@ -72,7 +73,7 @@ def unavailable(measure: str, clip: str | None) -> str:
     """
     if measure == "brisque":
         try:
-            import piq  # type: ignore[import-not-found]  # noqa: F401
+            import brisque  # noqa: F401
         except ImportError:
             return "not available: pip install 'diffrl[metrics]'"
     if measure == "clip_score" and clip is None:
@@ -81,24 +82,28 @@ def unavailable(measure: str, clip: str | None) -> str:
 
 
 def brisque(images: Tensor) -> float | str:
-    """Return the mean BRISQUE of `piq`: lower is more natural, nominally 0 to 100.
+    """Return the mean BRISQUE of the package `brisque`: lower is more natural, nominally 0 to 100.
+
+    A flat picture has no statistics, hence no score, and is left out.
 
     Source: Mittal et al., IEEE TIP 21(12), 2012. Implementations differ by several points.
     """
     if why := unavailable("brisque", None):
         return why
-    import piq
+    from brisque import BRISQUE
 
-    scores = []
-    try:
-        for part in images.split(_BATCH):
-            scores.append(piq.brisque(part.float().cpu(), data_range=1.0, reduction="none"))
-    except URLError as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        return f"not available: piq's weights ({error.reason}); put brisque_svm_weights.pt into {folder}"
-    except Exception as error:  # such as a flat picture's, which has no statistics at all
-        return f"not available: {' '.join(str(error).split())}"
-    return float(torch.cat(scores).mean())
+    class Scorer(BRISQUE):
+        def scale_features(self, features: np.ndarray) -> np.ndarray:
+            # some are arrays of one number, which NumPy 2.4 no longer takes for a number
+            return super().scale_features([np.asarray(feature).item() for feature in features])
+
+    scorer = Scorer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the divisions a flat picture ends in
+        scores = np.array([scorer.score(picture) for picture in to_pixels(images)])
+    if np.isnan(scores).all():
+        return "not available: all pictures are flat"
+    return float(np.nanmean(scores))
 
 
 def clip_score(images: Tensor, prompts: Sequence[str], model: str | None) -> float | str:

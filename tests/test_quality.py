@@ -1,8 +1,8 @@
 import shutil
 import sys
 from types import SimpleNamespace
-from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_close
@@ -91,32 +91,28 @@ class TestImageStatistics:
 
 class TestBrisque:
     def test_without_the_package_it_says_what_to_install(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "piq", None)
+        monkeypatch.setitem(sys.modules, "brisque", None)
         assert brisque(flat(0.1)) == "not available: pip install 'diffrl[metrics]'"
 
-    def test_pictures_are_handed_over_in_their_range(self, monkeypatch):
-        def score(images, data_range, reduction):
-            assert (data_range, reduction) == (1.0, "none")
-            return images.mean((1, 2, 3)) * 100
+    def test_pixels_are_handed_over_and_flat_pictures_left_out(self, monkeypatch):
+        class Fake:
+            def score(self, picture):
+                assert (picture.shape, picture.dtype) == ((4, 4, 3), np.uint8)
+                return float("nan") if picture.max() == 0 else float(picture.mean())
 
-        monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(brisque=score))
-        assert_close(brisque(flat(0.2, 0.4)), 30.0, atol=1e-4)
+        monkeypatch.setitem(sys.modules, "brisque", SimpleNamespace(BRISQUE=Fake))
+        assert brisque(flat(0.2, 0.0, 0.4)) == (51 + 102) / 2
+        assert brisque(flat(0.0)) == "not available: all pictures are flat"
 
-    def test_without_a_network_it_says_where_the_weights_go(self, monkeypatch):
-        def score(images, data_range, reduction):
-            raise URLError("no route to host")
-
-        monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(brisque=score))
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: "/hub")
-        said = brisque(flat(0.2))
-        assert "piq's weights (no route to host); put brisque_svm_weights.pt into /hub/checkpoints" in said
-
-    def test_a_package_that_breaks_down_costs_this_measure_alone(self, monkeypatch):
-        def score(images, data_range, reduction):
-            raise AssertionError("Expected input to be\n not flat")
-
-        monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(brisque=score))
-        assert brisque(flat(0.2)) == "not available: Expected input to be not flat"
+    def test_the_real_one_finds_noise_unnatural(self):
+        pytest.importorskip("brisque", reason="needs the extra 'metrics'")
+        shading = torch.linspace(0, 1, 64).expand(1, 3, 64, 64).sin()
+        disc = (torch.cartesian_prod(*2 * [torch.arange(64.0) - 32]).norm(dim=1) < 20).view(64, 64)
+        picture = torch.where(disc, 1 - shading, shading)
+        noisy = (picture + 0.2 * torch.randn(1, 3, 64, 64, generator=torch.manual_seed(0))).clamp(0, 1)
+        assert brisque(noisy) > 60
+        both = torch.cat([picture, noisy])
+        assert brisque(both) == pytest.approx((brisque(picture) + brisque(noisy)) / 2)
 
 
 @pytest.fixture(scope="module")
