@@ -92,11 +92,17 @@ def compare(
         ]
         trials = _run_all(cells, folder / "tune", jobs, tried, lambda done: save(list(known), done))
         for row in suite.tune:
-            rows[row] = [*rows[row], _best(row, suite, trials, folder)]
+            if best := _best(row, suite, trials):
+                rows[row] = [*rows[row], best]
+            else:
+                why = f"all its trials did; see the logs in {folder / 'tune'}"
+                console.print(f"[bold red]{row} failed[/]: {why}")
+                del rows[row]
     number = seeds or (1 if quick else suite.seeds)
     # seed by seed: a suite that is stopped has something of every row
     cells = [Cell(row, seed, [*rows[row], f"seed={seed}"]) for seed in range(number) for row in rows]
     others = [record for record in known if record["row"] in rows]  # seeds that are not asked for
+    others += [_failure(row, seed) for seed in range(number) for row in suite.rows if row not in rows]
     done = _run_all(cells, folder, jobs, known, lambda done: save(_merged(done, others), trials))
     return _merged(done, others), trials
 
@@ -107,26 +113,28 @@ def read(folder: Path) -> list[Record]:
     return [record for record in records if record]
 
 
-def _best(row: str, suite: Suite, trials: list[Record], folder: Path) -> str:
-    """Return the `key=value` of a row whose trial has the largest `tune_by`, of those that did not fail.
+def _best(row: str, suite: Suite, trials: list[Record]) -> str | None:
+    """Return the `key=value` of a row whose trial was the best of those that did not fail; None if all did.
 
     Raises:
-        DiffRLError: all of them failed, or one has no such number.
+        DiffRLError: one has no number to be judged by.
     """
-    scores = {}
-    for word in suite.candidates(row):
-        trial = next(trial for trial in trials if trial["row"] == f"{row} {word}")
-        if "points" not in trial:
-            continue
-        score = trial["points"][-1].get(suite.tune_by)
-        if not isinstance(score, int | float):
-            raise DiffRLError(
-                f"tune_by: {suite.tune_by}: {score} in the trial {trial['row']!r}, no number."
-            )
-        scores[word] = score
-    if not scores:
-        raise DiffRLError(f"tune: all trials of {row!r} failed; see the logs in {folder / 'tune'}.")
-    return max(scores, key=lambda word: scores[word])
+    words = {f"{row} {word}": word for word in suite.candidates(row)}
+    finished = {
+        words[trial["row"]]: trial for trial in trials if trial["row"] in words and "points" in trial
+    }
+    scores = {word: _score(trial, suite.tune_by) for word, trial in finished.items()}
+    alike = [word for word in scores if scores[word] >= max(scores.values()) - suite.tune_margin]
+    then = {word: _score(finished[word], suite.tune_then or suite.tune_by) for word in alike}
+    return max(alike, key=lambda word: (then[word], scores[word]), default=None)
+
+
+def _score(trial: Record, measures: str | list[str]) -> float:
+    measure = first_of(measures, trial["points"][-1])
+    score = trial["points"][-1].get(measure)
+    if not isinstance(score, int | float):
+        raise DiffRLError(f"tune: {measure}: {score} in the trial {trial['row']!r}, no number.")
+    return score
 
 
 def verify(suite: Suite, folder: Path, records: list[Record], choice: int) -> list[str]:
@@ -204,9 +212,9 @@ def _run_all(
             if process.exitcode:
                 why = f"exit code {process.exitcode}; see {folder / cell.name}.log"
                 console.print(f"[bold red]{cell.name} failed[/]: {why}")
-            failure = {"row": cell.row, "seed": cell.seed, "failed": True}
             with lock:
-                records[cell.name] = _finished(cell, folder, wanted[cell.name]) or failure
+                found = _finished(cell, folder, wanted[cell.name])
+                records[cell.name] = found or _failure(cell.row, cell.seed)
                 save([record for record in records.values() if record])
                 bar.advance(note=cell.name)
 
@@ -311,6 +319,10 @@ def _known(cell: Cell, earlier: Sequence[Record], wanted: config.Config) -> Reco
     of_it = [r for r in earlier if (r["row"], r["seed"]) == (cell.row, cell.seed) and "points" in r]
     what = f"{cell.name}: the suite's result holds it, but"
     return _ours(of_it[0], wanted, what, "--out, or move the result away") if of_it else None
+
+
+def _failure(row: str, seed: int) -> Record:
+    return {"row": row, "seed": seed, "failed": True}
 
 
 def _ours(record: Record, wanted: config.Config, what: str, fix: str) -> Record:

@@ -34,6 +34,9 @@ class Suite:
     tune: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     tune_settings: list[str] = field(default_factory=list)  # words of every trial besides
     tune_by: str = "eval/accuracy"  # the value where this measure is the largest is the row's
+    # those that come as near to it are as good; of them it is the one where `tune_then` is the largest
+    tune_margin: float = 0.0
+    tune_then: Any = ""  # a measure; of a list, the first that a trial has
     quick: dict[str, list[str]] = field(default_factory=dict)  # words of a row with --quick; `all` of each
 
     def __post_init__(self) -> None:

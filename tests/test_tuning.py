@@ -8,7 +8,6 @@ from test_cli import fails
 
 from diffrl.benchmarks import compare, suites
 from diffrl.cli import main
-from diffrl.errors import DiffRLError
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_a_measure_that_no_trial_has_is_named(tuned, capsys):
         message = fails(capsys, *words(other, "--jobs", "1"))
     finally:
         other.write_text(text.replace("tune_by: eval/accuracy", "tune_by: sampled/log_prob"))
-    assert "tune_by: eval/accuracy: None in the trial 'guided guidance.scale=0.0'" in message
+    assert "tune: eval/accuracy: None in the trial 'guided guidance.scale=0.0'" in message
 
 
 def test_words_of_the_user_win_over_quick_ones_and_never_over_tuned_ones(tuned, capsys):
@@ -85,18 +84,55 @@ def test_quick_tunes_nothing_and_has_a_folder_of_its_own(tuned):
     assert stored["cells"][0]["words"][-3:] == ["env.num_steps=5", "guidance.scale=0.1", "seed=0"]
 
 
-def test_a_trial_that_failed_is_passed_over_and_all_of_them_are_named(tmp_path):
-    suite = suites.Suite(
-        rows={"a": []}, columns={"r": "m"}, tune={"a": {"algo.gamma": [1, 2, 3]}}, tune_by="m"
+def trial(gamma, **measures):
+    return {"row": f"a algo.gamma={gamma}", "points": [measures]}
+
+
+def three(**parts):
+    return suites.Suite(rows={"a": []}, columns={"r": "m"}, tune={"a": {"algo.gamma": [1, 2, 3]}}, **parts)
+
+
+def test_a_trial_that_failed_is_passed_over():
+    failed = {"row": "a algo.gamma=2", "failed": True}
+    suite = three(tune_by="m")
+    assert compare._best("a", suite, [trial(1, m=0.1), failed, trial(3, m=0.3)]) == "algo.gamma=3"
+    assert compare._best("a", suite, [failed]) is None
+
+
+@pytest.mark.parametrize(("margin", "best"), [(0.0, 3), (0.1, 2), (0.2, 1)])
+def test_of_values_that_are_alike_the_second_measure_chooses(margin, best):
+    suite = three(tune_by="m", tune_margin=margin, tune_then=["absent", "f"])
+    trials = [trial(1, m=0.125, f=0.9), trial(2, m=0.25, f=0.8), trial(3, m=0.3125, f=0.1)]
+    assert compare._best("a", suite, trials) == f"algo.gamma={best}"
+    trials = [trial(1, m=0.25, f=0.5), trial(2, m=0.3125, f=0.5), trial(3, m=0.375, f=0.5)]
+    assert compare._best("a", suite, trials) == "algo.gamma=3"  # of those that are alike there too
+
+
+def test_a_row_whose_trials_all_fail_is_a_failure_and_the_others_finish(tmp_path, monkeypatch, capsys):
+    path = write(
+        tmp_path,
+        rows={"bad": ["algo=none"], "plain": ["algo=none"]},
+        columns={"log p": "exact/log_prob"},
+        settings=["env=gaussian_mixture", "env.num_steps=5"],
+        tune={"bad": {"algo.gamma": [1, 2]}},
+        seeds=1,
     )
-    worse, failed, better = (
-        {"row": "a algo.gamma=1", "points": [{"m": 0.1}]},
-        {"row": "a algo.gamma=2", "failed": True},
-        {"row": "a algo.gamma=3", "points": [{"m": 0.3}]},
-    )
-    assert compare._best("a", suite, [worse, failed, better], tmp_path) == "algo.gamma=3"
-    with pytest.raises(DiffRLError, match="all trials of 'a' failed"):
-        compare._best("a", suite, [{"row": trial["row"]} for trial in (worse, failed, better)], tmp_path)
+    run_all = compare._run_all
+
+    def failing(cells, folder, *args, **kwargs):
+        if folder.name == "tune":
+            return [compare._failure(cell.row, cell.seed) for cell in cells]
+        return run_all(cells, folder, *args, **kwargs)
+
+    monkeypatch.setattr(compare, "_run_all", failing)
+    with pytest.raises(SystemExit):
+        main(words(path, "--jobs", "1"))
+    stored = json.loads((tmp_path / "cells" / "mine" / "mine.json").read_text())
+    assert [(cell["row"], "points" in cell) for cell in stored["cells"]] == [
+        ("plain", True),
+        ("bad", False),
+    ]
+    assert "bad failed: all its trials did" in " ".join(capsys.readouterr().out.split())
 
 
 def test_verify_compares_a_measure_of_each_class_too(tmp_path, monkeypatch, capsys):
