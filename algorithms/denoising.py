@@ -14,7 +14,7 @@ from diffrl import processes
 from diffrl.algorithms.base import Algorithm, batches, over_steps
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy
-from diffrl.types import Trajectory
+from diffrl.types import Observation, Trajectory
 
 
 @dataclass
@@ -104,5 +104,11 @@ def denoising_loss(
     """
     timestep, noise = timestep.to(x_0.device), noise.to(x_0)
     noisy = policy.schedule.add_noise(x_0, noise, timestep)
-    predict = policy.guided_eps if guided else policy.eps
-    return (predict(noisy, timestep, prompt_embeds, label) - noise).square().flatten(1).mean(1)
+    obs: Observation = {
+        "latents": noisy,
+        "timestep": timestep,
+        "prompt_embeds": prompt_embeds,
+        "label": label,
+    }
+    eps = policy.guided_eps(obs) if guided else policy.eps(obs)
+    return (eps - noise).square().flatten(1).mean(1)

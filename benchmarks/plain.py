@@ -9,13 +9,14 @@ Shapes: N pictures, d latent dims.
 import copy
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from diffrl.algorithms.ctrl import CTRL
 from diffrl.envs.denoising import DenoisingVectorEnv
-from diffrl.policy import Policy
+from diffrl.policy import Policy, without_label
 from diffrl.types import Observation
 
 
@@ -32,8 +33,9 @@ class PlainLoop:
     def __init__(self, algo: CTRL, policy: Policy, env: DenoisingVectorEnv) -> None:
         self.algo, self.policy, self.env = algo, policy, env
         self.reference = copy.deepcopy(policy).requires_grad_(False)
-        for layer in self.reference._lora_layers:
-            layer._disable_adapters = True
+        for layer in self.reference.unet.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.enable_adapters(False)
 
     def update(self, optimizer: Optimizer, generator: torch.Generator) -> dict[str, float]:
         """Draw N pictures, back-propagate through all steps, step once, and return the metrics."""
@@ -42,8 +44,8 @@ class PlainLoop:
         x_t, kl = obs["latents"], torch.zeros(len(obs["latents"]), device=obs["latents"].device)
         for i, keep in enumerate(self.algo.truncation.kept(schedule.num_steps, generator)):
             obs = {**obs, "latents": x_t, "timestep": schedule.timesteps[i].expand(len(x_t))}
-            eps = self._guided(self.policy, obs, obs["label"])
-            eps_ref = self._guided(self.reference, obs, Policy._no_label(obs))
+            eps = self._guided(self.policy, obs)
+            eps_ref = self._guided(self.reference, without_label(obs))
             if not keep:
                 eps, eps_ref = eps.detach(), eps_ref.detach()
             mean, mean_ref = (schedule.x_gain[i] * x_t + schedule.eps_gain[i] * e for e in (eps, eps_ref))
@@ -65,7 +67,7 @@ class PlainLoop:
         means = {name: float(value.detach().mean()) for name, value in metrics.items()}
         return means | self.algo.step(self.policy, optimizer)
 
-    def _guided(self, network: Policy, obs: Observation, label: Tensor) -> Tensor:
+    def _guided(self, network: Policy, obs: Observation) -> Tensor:
         """Return eps_u + w (eps_c - eps_u), each half a network call of its own."""
 
         def call(embeds: Tensor, label: Tensor) -> Tensor:
@@ -73,10 +75,11 @@ class PlainLoop:
             inputs = (obs["latents"], obs["timestep"], embeds, label)
             return checkpoint(network._eps, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-        conditional = call(obs["prompt_embeds"], label)
+        conditional = call(obs["prompt_embeds"], obs["label"])
         if network.guidance_scale == 1.0:
             return conditional
-        unconditional = call(network.null_embeds.expand_as(obs["prompt_embeds"]), Policy._no_label(obs))
+        null_embeds = network.null_embeds.expand_as(obs["prompt_embeds"])
+        unconditional = call(null_embeds, without_label(obs)["label"])
         return unconditional + network.guidance_scale * (conditional - unconditional)
 
     def _decode(self, latents: Tensor) -> Tensor:

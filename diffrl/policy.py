@@ -132,10 +132,11 @@ class Policy(nn.Module):
         return list(self.label_embedding.parameters())
 
     def forward(self, obs: Observation, *, in_chain: bool = False) -> Independent:
-        """Return the law of x_{t-1} at `obs`, event shape [C, H, W]; see `noise`."""
-        return self.schedule.step(obs["latents"], self.noise(obs, in_chain=in_chain), obs["timestep"])
+        """Return the law of x_{t-1} at `obs`, event shape [C, H, W]; see `guided_eps`."""
+        eps = self.guided_eps(obs, in_chain=in_chain)
+        return self.schedule.step(obs["latents"], eps, obs["timestep"])
 
-    def noise(self, obs: Observation, *, in_chain: bool = False) -> Tensor:
+    def guided_eps(self, obs: Observation, *, in_chain: bool = False) -> Tensor:
         """Return the noise prediction that the law of x_{t-1} is made of, `[N, C, H, W]`.
 
         `in_chain`: its graph will be held together with others, of calls, decoder or reward, so that
@@ -144,21 +145,19 @@ class Policy(nn.Module):
         control at inference (CTRL, appendix D); 0 runs the pretrained model alone.
         """
         if self.control_scale == 0.0:
-            return self._guided(obs, self._no_label(obs), adapters=False, in_chain=in_chain)
-        two = self.control_scale != 1.0
-        eps = self._guided(obs, obs["label"], adapters=True, in_chain=in_chain or two)
-        if two:
-            reference = self._guided(obs, self._no_label(obs), adapters=False, in_chain=True)
-            eps = reference + self.control_scale * (eps - reference)
-        return eps
+            return self._guided_eps(without_label(obs), adapters=False, in_chain=in_chain)
+        if self.control_scale == 1.0:
+            return self._guided_eps(obs, adapters=True, in_chain=in_chain)
+        eps = self._guided_eps(obs, adapters=True, in_chain=True)
+        reference = self._reference_eps(obs)
+        return reference + self.control_scale * (eps - reference)
 
     def reference(self, obs: Observation) -> Independent:
         """Return the pretrained law of x_{t-1} at `obs`: adapters off, no label.
 
         It is frozen in its weights, not cut from the graph: its mean depends on x_t.
         """
-        eps = self._guided(obs, self._no_label(obs), adapters=False, in_chain=True)
-        return self.schedule.step(obs["latents"], eps, obs["timestep"])
+        return self.schedule.step(obs["latents"], self._reference_eps(obs), obs["timestep"])
 
     def posterior_mean(self, obs: Observation) -> Tensor:
         """Return the pretrained model's E[x_0|x_t] at `obs`, `[N, C, H, W]` (Tweedie's formula).
@@ -166,8 +165,7 @@ class Policy(nn.Module):
         Its Jacobian by x_t is sqrt(A) / (1 - A) times the covariance of x_0 given x_t: where the pretrained
         pictures may still go, and how far. With guidance it is the guided prediction, which is no mean.
         """
-        eps = self._guided(obs, self._no_label(obs), adapters=False, in_chain=True)
-        return self.schedule.predict_x_0(obs["latents"], eps, obs["timestep"])
+        return self.schedule.predict_x_0(obs["latents"], self._reference_eps(obs), obs["timestep"])
 
     def begin(self, obs: Observation) -> None:
         """Nothing to forget: the policy is Markov."""
@@ -177,10 +175,10 @@ class Policy(nn.Module):
         distribution = self(obs, in_chain=True)
         return ActorStep(draw(distribution, generator), distribution)
 
-    def eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
-        """Return the raw noise prediction `[N, C, H, W]`, without guidance."""
-        self.num_calls += len(x_t)
-        return self._eps(x_t, timestep, prompt_embeds, label)
+    def eps(self, obs: Observation) -> Tensor:
+        """Return the raw noise prediction `[N, C, H, W]` at any timestep, without guidance."""
+        self.num_calls += len(obs["latents"])
+        return self._eps(obs["latents"], obs["timestep"], obs["prompt_embeds"], obs["label"])
 
     def _eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
         dtype = next(self.unet.parameters()).dtype  # a frozen weight's; LoRA and labels stay in float32
@@ -191,44 +189,34 @@ class Policy(nn.Module):
     def unconditional(self, obs: Observation) -> Tensor:
         """Return the noise prediction `[N, C, H, W]` for the empty prompt, with no label."""
         embeds = self.null_embeds.expand_as(obs["prompt_embeds"])
-        return self.eps(obs["latents"], obs["timestep"], embeds, self._no_label(obs))
-
-    def guided_eps(self, x_t: Tensor, timestep: Tensor, prompt_embeds: Tensor, label: Tensor) -> Tensor:
-        """Return the noise prediction `[N, C, H, W]` with guidance, at any timestep."""
-        obs: Observation = {
-            "latents": x_t,
-            "timestep": timestep,
-            "prompt_embeds": prompt_embeds,
-            "label": label,
-        }
-        return self._guided(obs, label, adapters=True)
-
-    def _guided(self, obs: Observation, label: Tensor, *, adapters: bool, in_chain: bool = False) -> Tensor:
-        inputs = (obs["latents"], obs["timestep"], obs["prompt_embeds"], label, adapters)
-        self.num_calls += len(label) * self.calls_per_step
-        if not (in_chain and self.checkpointing and torch.is_grad_enabled()):
-            return self._guided_eps(*inputs)
-        return checkpoint(self._guided_eps, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.eps({**without_label(obs), "prompt_embeds": embeds})
 
     @property
     def calls_per_step(self) -> int:
         """Network evaluations for one guided noise prediction of one sample: 1 or 2."""
         return 1 if self.guidance_scale == 1.0 else 2
 
-    def _guided_eps(
-        self, x_t: Tensor, timestep: Tensor, embeds: Tensor, label: Tensor, adapters: bool
-    ) -> Tensor:
+    def _reference_eps(self, obs: Observation) -> Tensor:
+        return self._guided_eps(without_label(obs), adapters=False, in_chain=True)
+
+    def _guided_eps(self, obs: Observation, *, adapters: bool, in_chain: bool = False) -> Tensor:
+        self.num_calls += len(obs["label"]) * self.calls_per_step
+        if not (in_chain and self.checkpointing and torch.is_grad_enabled()):
+            return self._both_halves(obs, adapters)
+        return checkpoint(self._both_halves, obs, adapters, use_reentrant=False, preserve_rng_state=False)
+
+    def _both_halves(self, obs: Observation, adapters: bool) -> Tensor:
+        x_t, timestep = obs["latents"], obs["timestep"]
+        embeds, label = obs["prompt_embeds"], obs["label"]
         # The switch is inside, because checkpointing runs this again during the backward pass.
         with self._adapters(adapters):
             if self.guidance_scale == 1.0:
                 return self._eps(x_t, timestep, embeds, label)
-            null_label = torch.full_like(label, NO_LABEL)
-            null_embeds = self.null_embeds.expand_as(embeds)
             both = self._eps(
                 torch.cat([x_t, x_t]),
                 torch.cat([timestep, timestep]),
-                torch.cat([null_embeds, embeds]),
-                torch.cat([null_label, label]),
+                torch.cat([self.null_embeds.expand_as(embeds), embeds]),
+                torch.cat([without_label(obs)["label"], label]),
             )
         unconditional, conditional = both.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
@@ -245,10 +233,6 @@ class Policy(nn.Module):
             for layer in self._lora_layers:
                 layer._disable_adapters = False
 
-    @staticmethod
-    def _no_label(obs: Observation) -> Tensor:
-        return torch.full_like(obs["label"], NO_LABEL)
-
 
 class Pretrained:
     """The reference as an actor: the pretrained model, whatever its policy has learnt since."""
@@ -263,3 +247,8 @@ class Pretrained:
         """Return a draw of x_{t-1} from the pretrained law."""
         distribution = self.policy.reference(obs)
         return ActorStep(draw(distribution, generator), distribution)
+
+
+def without_label(obs: Observation) -> Observation:
+    """Return `obs` with no label: what the pretrained model sees."""
+    return {**obs, "label": torch.full_like(obs["label"], NO_LABEL)}

@@ -11,6 +11,7 @@ from test_cli import fails
 from tiny_clip import head, head_state, write_clip
 
 from diffrl.cli import main
+from diffrl.policy import without_label
 from diffrl.restore import restore
 from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
@@ -80,9 +81,9 @@ def test_the_restored_policy_is_their_network(tmp_path, tiny, tiny_path, classif
     expected = unet(x_t, timestep, embeds, class_labels=label).sample
     ours = torch.tensor([[0], [3], [NO_LABEL]])
     with torch.no_grad():
-        assert_close(policy.eps(x_t, timestep, embeds, ours), expected.detach(), atol=1e-4)
-        plain = torch.full_like(ours, NO_LABEL)
-        assert float((policy.eps(x_t, timestep, embeds, plain) - expected).abs().amax()) > 1e-2
+        obs = {"latents": x_t, "timestep": timestep, "prompt_embeds": embeds, "label": ours}
+        assert_close(policy.eps(obs), expected.detach(), atol=1e-4)
+        assert float((policy.eps(without_label(obs)) - expected).abs().amax()) > 1e-2
 
 
 def test_the_run_is_sampled_and_measured(tmp_path, tiny, tiny_path, capsys):

@@ -76,8 +76,8 @@ def test_guidance_equals_two_separate_network_calls(tiny):
     with torch.no_grad():
         null = policy.null_embeds.expand(4, -1, -1)
         no_label = torch.full((4, 1), NO_LABEL)
-        u = policy.eps(obs["latents"], obs["timestep"], null, no_label)
-        c = policy.eps(obs["latents"], obs["timestep"], obs["prompt_embeds"], obs["label"])
+        u = policy.eps({**obs, "prompt_embeds": null, "label": no_label})
+        c = policy.eps(obs)
         expected = policy.schedule.step(obs["latents"], u + 3 * (c - u), obs["timestep"]).mean
         assert_close(policy(obs).mean, expected, atol=1e-5)
 
@@ -171,7 +171,7 @@ def test_every_network_evaluation_is_counted_once_recomputing_aside(tiny):
     obs = observe(policy)
     policy(obs, in_chain=True).mean.sum().backward()  # checkpointed: it runs again, for the same evaluation
     assert policy.num_calls == 8
-    policy.eps(obs["latents"], obs["timestep"], obs["prompt_embeds"], obs["label"])
+    policy.eps(obs)
     assert policy.num_calls == 12
     policy.unconditional(obs)
     assert policy.num_calls == 16
@@ -220,8 +220,8 @@ class TestPrecision:
             learn_a_little(policy)
         obs = observe(exact)
         with torch.no_grad():
-            error = (rounded.noise(obs) - exact.noise(obs)).square().mean().sqrt()
-            size = exact.noise(obs).square().mean().sqrt()
+            error = (rounded.guided_eps(obs) - exact.guided_eps(obs)).square().mean().sqrt()
+            size = exact.guided_eps(obs).square().mean().sqrt()
         dtype = backbone.unet.conv_in.weight.dtype
         assert error <= 10 * torch.finfo(dtype).eps * size
         assert (error > 0) == (dtype != torch.float32)
@@ -233,7 +233,7 @@ class TestPrecision:
         for backbone in (tiny, StableDiffusion.load(str(tiny_path), precision="bf16")):
             policy = make_policy(backbone)
             learn_a_little(policy)
-            (policy.noise(observe(policy)) * torch.linspace(-1, 1, 64).view(8, 8)).sum().backward()
+            (policy.guided_eps(observe(policy)) * torch.linspace(-1, 1, 64).view(8, 8)).sum().backward()
             parts = [p.grad.flatten() for p in policy.lora_parameters() + policy.embedding_parameters()]
             assert {part.dtype for part in parts} == {torch.float32}
             gradients.append(torch.cat(parts))
@@ -254,9 +254,9 @@ def test_a_v_model_is_guided_by_the_noise_that_its_v_means(tiny_path, guidance_s
         learn_a_little(policy)
     obs = observe(as_eps, step=1)
     with torch.no_grad():
-        mixed = as_eps.noise(obs)  # the network's two outputs, mixed
+        mixed = as_eps.guided_eps(obs)  # the network's two outputs, mixed
         a = as_v.schedule.alpha_bar[1]
-        assert_close(as_v.noise(obs), a.sqrt() * mixed + (1 - a).sqrt() * obs["latents"], atol=1e-5)
-        raw = as_eps.eps(*obs.values())
-        assert_close(as_v.eps(*obs.values()), a.sqrt() * raw + (1 - a).sqrt() * obs["latents"], atol=1e-5)
+        assert_close(as_v.guided_eps(obs), a.sqrt() * mixed + (1 - a).sqrt() * obs["latents"], atol=1e-5)
+        raw = as_eps.eps(obs)
+        assert_close(as_v.eps(obs), a.sqrt() * raw + (1 - a).sqrt() * obs["latents"], atol=1e-5)
         assert kl_divergence(as_v(obs), as_v.reference(obs)).min() > 0

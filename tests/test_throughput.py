@@ -79,14 +79,15 @@ def assert_same_gradients(actual, expected, tolerance):
 
 
 def halves_apart(policy, env, monkeypatch):
-    def guided(x_t, timestep, embeds, label, adapters):
+    def apart(obs, adapters):
         with policy._adapters(adapters):
-            null = policy.null_embeds.expand_as(embeds)
-            unconditional = policy._eps(x_t, timestep, null, torch.full_like(label, -1))
-            conditional = policy._eps(x_t, timestep, embeds, label)
+            null = policy.null_embeds.expand_as(obs["prompt_embeds"])
+            no_label = torch.full_like(obs["label"], -1)
+            unconditional = policy._eps(obs["latents"], obs["timestep"], null, no_label)
+            conditional = policy._eps(*obs.values())
         return unconditional + policy.guidance_scale * (conditional - unconditional)
 
-    monkeypatch.setattr(policy, "_guided_eps", guided)
+    monkeypatch.setattr(policy, "_both_halves", apart)
 
 
 def test_only_a_chain_of_steps_is_run_again(tiny):

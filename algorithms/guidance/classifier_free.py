@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffrl.algorithms.guidance.base import Guidance, check_strength
 from diffrl.errors import DiffRLError
-from diffrl.types import NO_LABEL, ActorStep, Observation, draw
+from diffrl.policy import without_label
+from diffrl.types import ActorStep, Observation, draw
 
 
 @dataclass
@@ -44,18 +45,18 @@ class ClassifierFreeGuidance(Guidance):
     @torch.no_grad()
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
         """Return a draw from the guided step."""
-        eps = self._of_both_halves(obs) if self.published else self.policy.noise(obs)
+        eps = self._of_both_halves(obs) if self.published else self.policy.guided_eps(obs)
         if self.scale != 1.0:
-            without = self.policy.noise({**obs, "label": torch.full_like(obs["label"], NO_LABEL)})
+            without = self.policy.guided_eps(without_label(obs))
             eps = without + self.scale * (eps - without)
         law = self.schedule.step(obs["latents"], eps, obs["timestep"])
         return ActorStep(draw(law, generator), law)
 
     def _of_both_halves(self, obs: Observation) -> Tensor:
         """Return e(0, y) + w (e(c, y) - e(0, y)): w acts on the prompt alone, and y has weight 1."""
-        policy, x_t, timestep, label = self.policy, obs["latents"], obs["timestep"], obs["label"]
-        eps = policy.eps(x_t, timestep, obs["prompt_embeds"], label)
-        if policy.guidance_scale == 1.0:
+        eps, scale = self.policy.eps(obs), self.policy.guidance_scale
+        if scale == 1.0:
             return eps
-        without = policy.eps(x_t, timestep, policy.null_embeds.expand_as(obs["prompt_embeds"]), label)
-        return without + policy.guidance_scale * (eps - without)
+        null_embeds = self.policy.null_embeds.expand_as(obs["prompt_embeds"])
+        without = self.policy.eps({**obs, "prompt_embeds": null_embeds})
+        return without + scale * (eps - without)

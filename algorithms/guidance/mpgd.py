@@ -49,7 +49,7 @@ class MPGD(Guidance):
         """Return a draw from the step with the moved x0hat."""
         obs = {**obs, "latents": obs["latents"].detach()}
         with torch.no_grad():
-            eps = self.policy.noise(obs)
+            eps = self.policy.guided_eps(obs)
         law = self.schedule.step(obs["latents"], eps, obs["timestep"])
         share = int(self.schedule.index(obs["timestep"])[0]) / self.schedule.num_steps
         if self.start <= share < self.stop:

@@ -60,7 +60,7 @@ class Reconstruction(Guidance):
         x_t = obs["latents"].clone().requires_grad_()
         obs = {**obs, "latents": x_t}
         with torch.set_grad_enabled(self.jacobian == "full"):
-            eps = self.policy.noise(obs, in_chain=True)  # of the decoder and the reward
+            eps = self.policy.guided_eps(obs, in_chain=True)  # of the decoder and the reward
         reward = self.value(obs, eps)
         if self.offset:
             reward = (reward.exp() + self.offset).log()

@@ -128,7 +128,7 @@ class SMC(Guidance):
         """Return the potential at `obs`, and what the next step needs."""
         with torch.set_grad_enabled(self.twisted):
             x_t = obs["latents"].clone().requires_grad_(self.twisted)
-            eps = self.policy.noise({**obs, "latents": x_t}, in_chain=True)  # of decoder and reward
+            eps = self.policy.guided_eps({**obs, "latents": x_t}, in_chain=True)  # of decoder and reward
             twist = self.gamma * self.value({**obs, "latents": x_t}, eps)
             gradient = torch.autograd.grad(twist.sum(), x_t)[0] if self.twisted else None
         return _Ahead(twist.detach(), eps.detach(), gradient)

@@ -52,7 +52,7 @@ class SVDD(Guidance):
     @torch.no_grad()
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
         """Return the candidate that was chosen; it has no density."""
-        eps = self.policy.noise(obs) if self._eps is None else self._eps
+        eps = self.policy.guided_eps(obs) if self._eps is None else self._eps
         law = self.schedule.step(obs["latents"], eps, obs["timestep"])
         candidates, values, ahead = [], [], []
         is_last = self.next_observation(obs, obs["latents"]) is None
@@ -60,7 +60,7 @@ class SVDD(Guidance):
             x = draw(law, generator)
             after = self.next_observation(obs, x)
             if after is not None:
-                ahead.append(self.policy.noise(after))
+                ahead.append(self.policy.guided_eps(after))
             if self.choices > 1:
                 values.append(self.reward(x) if after is None else self.value(after, ahead[-1]))
             candidates.append(x)

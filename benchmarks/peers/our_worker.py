@@ -50,13 +50,13 @@ def floor(policy: Policy, obs: Observation, task: dict[str, Any]) -> float:
     forward = task["steps"] if task["method"] == "ddpo" else task["cut"]
     with torch.no_grad():
         for _ in range(forward):
-            policy._guided(obs, obs["label"], adapters=True)
+            policy.guided_eps(obs)
     for _ in range(kept):
         if task["method"] == "ddpo":
-            policy._guided(obs, obs["label"], adapters=True).sum().backward()
+            policy.guided_eps(obs).sum().backward()
         else:  # through the latents as well, as the chain needs it
             latents = obs["latents"].requires_grad_()
-            policy._guided({**obs, "latents": latents}, obs["label"], adapters=True).sum().backward()
+            policy.guided_eps({**obs, "latents": latents}).sum().backward()
     policy.zero_grad()
     return time.perf_counter() - begin
 

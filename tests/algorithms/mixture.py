@@ -26,18 +26,18 @@ class ClosedFormPolicy:
         self.schedule = DDIMSchedule(make_scheduler(), num_steps, 1.0).double()
         self.num_calls = 0
 
-    def noise(self, obs, *, in_chain=False):
+    def guided_eps(self, obs, *, in_chain=False):
         self.num_calls += len(obs["latents"])
         return self.mixture.eps(obs["latents"], ALPHA_BAR[obs["timestep"]])
 
     def unconditional(self, obs):
-        return self.noise(obs) - 0.5
+        return self.guided_eps(obs) - 0.5
 
     def begin(self, obs):
         pass
 
     def act(self, obs, generator):
-        law = self.schedule.step(obs["latents"], self.noise(obs), obs["timestep"])
+        law = self.schedule.step(obs["latents"], self.guided_eps(obs), obs["timestep"])
         return ActorStep(draw(law, generator), law)
 
 

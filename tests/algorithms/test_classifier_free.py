@@ -81,7 +81,7 @@ def test_what_is_left_out_is_the_null_label_and_the_null_prompt(monkeypatch):
     monkeypatch.setattr(algorithm, "draw_left_out", lambda count: left_out)
     seen = []
     eps = policy.eps
-    policy.eps = lambda x, t, embeds, label: seen.append((embeds, label)) or eps(x, t, embeds, label)
+    policy.eps = lambda obs: seen.append((obs["prompt_embeds"], obs["label"])) or eps(obs)
     torch.manual_seed(3)
     algorithm.update([batch], policy, Recorder(policy))
     torch.manual_seed(3)
@@ -188,7 +188,7 @@ class TestGuidance:
         observation = state()
         observation["label"][:] = 1
         actor, _ = attach(ClassifierFreeGuidance(scale=3.0), 5)
-        actor.policy.noise = lambda obs: obs["label"].double().view(-1, 1, 1, 1)
+        actor.policy.guided_eps = lambda obs: obs["label"].double().view(-1, 1, 1, 1)
         expected = actor.schedule.step(
             observation["latents"], torch.full((5, 1, 1, 1), 5.0).double(), observation["timestep"]
         )
@@ -201,7 +201,9 @@ class TestGuidance:
         observation["prompt_embeds"][:] = 1
         actor, _ = attach(ClassifierFreeGuidance(scale=1.0, published=True), 5)
         actor.policy.guidance_scale, actor.policy.null_embeds = 3.0, torch.full((1, 1, 1), 7.0)
-        actor.policy.eps = lambda x_t, timestep, c, y: 10.0 * y.double().view(-1, 1, 1, 1) + c[..., None]
+        actor.policy.eps = lambda obs: (
+            10.0 * obs["label"].double().view(-1, 1, 1, 1) + obs["prompt_embeds"][..., None]
+        )
         expected = actor.schedule.step(
             observation["latents"], torch.full((5, 1, 1, 1), -1.0).double(), observation["timestep"]
         )

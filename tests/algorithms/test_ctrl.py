@@ -11,6 +11,7 @@ from diffrl.algorithms.truncation import Truncation
 from diffrl.build import Setup
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
+from diffrl.policy import without_label
 from diffrl.rollout import rollout
 from diffrl.types import ActorStep, draw
 
@@ -91,8 +92,8 @@ def test_truncation_equals_detaching_the_noise_prediction(tiny):
             self.i = -1
 
         def laws(self, obs, keep):
-            eps = policy._guided(obs, obs["label"], adapters=True)
-            eps_ref = policy._guided(obs, policy._no_label(obs), adapters=False)
+            eps = policy._guided_eps(obs, adapters=True)
+            eps_ref = policy._guided_eps(without_label(obs), adapters=False)
             if not keep:
                 eps, eps_ref = eps.detach(), eps_ref.detach()
             step = policy.schedule.step

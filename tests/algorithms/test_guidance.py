@@ -208,7 +208,7 @@ def test_reconstruction_gradient_is_the_derivative_of_the_reward_at_x0hat(offset
 
     def value(shift):
         moved = {**observation, "latents": observation["latents"] + shift}
-        reward = actor.value(moved, actor.policy.noise(moved))
+        reward = actor.value(moved, actor.policy.guided_eps(moved))
         return (reward.exp() + offset).log()
 
     expected = (value(h) - value(-h)) / (2 * h)
@@ -232,7 +232,7 @@ def test_keeping_eps_moves_the_mean_by_sqrt_p_times_the_step():
     moved = law_of(actor, observation)
     env.reset(seed=0, options={"label": observation["label"]})
     x_0 = actor.schedule.predict_x_0(
-        observation["latents"], actor.policy.noise(observation), observation["timestep"]
+        observation["latents"], actor.policy.guided_eps(observation), observation["timestep"]
     )
     # d/dx log p(0|x) of a softmax with slopes 0 and 4: -4 p(1|x)
     slope = -4 * torch.sigmoid(4 * x_0 - 1)
@@ -245,11 +245,11 @@ def test_a_normalised_step_has_the_length_of_the_guidance_until_the_picture_is_g
     observation["label"][:] = 1
     actor, env = attach(MPGD(rho=2.0, step="normalised"), 5)
     env.reset(seed=0, options={"label": observation["label"]})
-    move = actor._move(observation, actor.policy.noise(observation))
+    move = actor._move(observation, actor.policy.guided_eps(observation))
     assert_close(move.abs().flatten(), torch.full((5,), 2.0 * 0.5), atol=1e-9)  # |eps - eps_null| = 0.5
     rested, env = attach(MPGD(step="normalised", enough=-1e9), 5)
     env.reset(seed=0, options={"label": observation["label"]})
-    assert not rested._move(observation, rested.policy.noise(observation)).any()
+    assert not rested._move(observation, rested.policy.guided_eps(observation)).any()
 
 
 def test_the_published_normalised_step_is_measured_over_the_whole_batch():
@@ -258,7 +258,7 @@ def test_the_published_normalised_step_is_measured_over_the_whole_batch():
     observation["label"][:] = 1
     actor, env = attach(MPGD(rho=2.0, step="normalised", over_batch=True), 5)
     env.reset(seed=0, options={"label": observation["label"]})
-    eps = actor.policy.noise(observation)
+    eps = actor.policy.guided_eps(observation)
     actor.policy.unconditional = lambda obs: eps - torch.arange(1.0, 6.0).view(-1, 1, 1, 1)
     x_0 = actor.schedule.predict_x_0(observation["latents"], eps, observation["timestep"])
     slope = 4 * torch.sigmoid(1 - 4 * x_0)  # d/dx log p(1|x)

@@ -52,7 +52,7 @@ def test_the_published_weights_end_with_the_predicted_x_0_not_with_the_reward_it
     *_, before, x = drawn.latents
     if not last:
         final = {"latents": before, "timestep": actor.schedule.timesteps[-1].expand(400)}
-        x = actor.schedule.predict_x_0(before, actor.policy.noise(final), final["timestep"])
+        x = actor.schedule.predict_x_0(before, actor.policy.guided_eps(final), final["timestep"])
     by_hand = torch.nn.functional.logsigmoid(4 * x - 1)  # log p(1|x)
     assert_close(actor.log_weights.flatten(), by_hand.flatten(), atol=1e-6)
     assert_close(actor.log_z, by_hand.view(100, 4).logsumexp(1) - torch.tensor(4.0).log(), atol=1e-6)

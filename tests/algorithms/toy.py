@@ -45,17 +45,18 @@ class ToyPolicy(nn.Module):
     def reference(self, obs):
         return self._law(obs, torch.zeros_like(self.theta))
 
-    def eps(self, x_t, timestep, prompt_embeds, label):
+    def eps(self, obs):
         """theta alone: its denoising loss is |theta - noise|^2, minimal at the weighted mean noise, 0.
 
         Without a label it is 0.
         """
-        theta = torch.where(label[:, 0] == NO_LABEL, 0.0, self.theta[label[:, 0]])
-        return theta.view(-1, 1, 1, 1).expand_as(x_t)
+        label = obs["label"][:, 0]
+        theta = torch.where(label == NO_LABEL, 0.0, self.theta[label])
+        return theta.view(-1, 1, 1, 1).expand_as(obs["latents"])
 
-    def guided_eps(self, x_t, timestep, prompt_embeds, label):
+    def guided_eps(self, obs):
         """Away from an empty prompt whose eps is 0: `guidance_scale` theta."""
-        return self.guidance_scale * self.eps(x_t, timestep, prompt_embeds, label)
+        return self.guidance_scale * self.eps(obs)
 
     def begin(self, obs):
         pass
