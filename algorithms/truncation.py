@@ -24,9 +24,7 @@ class Truncation:
     draw: str = "trajectory"  # of a random K: once a trajectory, or anew at every step
     low: int = 0  # K if it is fixed, else the least
     high: int | None = None  # included; null: T - 1, or for a subset the end of the first four fifths
-    mean: float = (
-        42.0  # of a gaussian K, rounded and drawn again until it is in low..high: AlignProp's code
-    )
+    mean: float = 42.0  # of a gaussian K, rounded, and drawn again outside low..high: AlignProp's code
     std: float = 5.0  # of a gaussian K
     count: int = 4  # of the kinds last and subset
     path: str = "posterior_mean"  # x_0's gradient to a kept step; or normal, or network: by the chain

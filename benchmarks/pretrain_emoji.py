@@ -39,7 +39,7 @@ MAX_TOKENS = 16  # chosen: the longest name has three words
 
 @dataclasses.dataclass
 class Recipe:
-    """What decides the weights. Those of the shipped model are in its model card."""
+    """What decides the weights. Those of the shipped model are in its recipe.json."""
 
     seed: int = 0
     autoencoder_steps: int = 8000

@@ -327,9 +327,8 @@ def _with_init(own: type) -> type | None:
     for base in own.__mro__[:-1]:
         written = vars(base).get("__init__")
         generated = getattr(getattr(written, "__code__", None), "co_filename", "") == "<string>"
-        made_there = base is not own and hasattr(
-            own, "__post_init__"
-        )  # as nn.Module's, by super().__init__()
+        # as nn.Module's, by super().__init__()
+        made_there = base is not own and hasattr(own, "__post_init__")
         if written is not None and not (generated or made_there or getattr(base, "_is_protocol", False)):
             return base
     return None

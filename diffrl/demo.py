@@ -109,8 +109,7 @@ def page(easel: Easel) -> Any:
 
     def drawn(prompt: str, scale: float, seed: float, *label: int) -> tuple[Captioned, Captioned, str]:
         pretrained, own = easel.draw(prompt, label, scale, int(seed))
-        words = [word for word in map(str, label) if label]
-        asked = f" --label {','.join(words)}" if any(y != NO_LABEL for y in label) else ""
+        asked = f" --label {','.join(map(str, label))}" if any(y != NO_LABEL for y in label) else ""
         command = f"diffrl sample RUN --prompt {prompt!r}{asked} --control-scale {scale:g} --seed {seed:g}"
         return pretrained, own, f"`{command} -n {len(own)}`"
 

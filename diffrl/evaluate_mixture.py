@@ -92,7 +92,7 @@ class MixtureEvaluation:
             "exact/gap_nats": float(measured.gap.max()),
             "exact/gap_gaussian_nats": float((solver.best_gaussian - measured.objective).max()),
             "exact/tv": float(measured.tv.max()),
-            "exact/log_prob": float(measured.log_prob.mean()),  # over the labels, as the next two
+            "exact/log_prob": float(measured.log_prob.mean()),  # over the labels, as the next three
             "exact/target_log_prob": float((solver.target * solver.log_prob).sum(1).mean()),
             "exact/width": float(
                 (moments(measured.law, solver.points)[1] / self._deviation(solver)).mean()

@@ -1,4 +1,4 @@
-"""One episode of N envs, and the only place that decides where gradients flow.
+"""One episode of N envs, and the place that decides where gradients flow along it.
 
 Shapes: N envs, T steps, C,H,W latent.
 """

@@ -1,5 +1,6 @@
 """The promises of the project's own files."""
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,33 @@ def test_ci_runs_the_readme_s_test_command_exactly():
     assert first == "pip install -c constraints.txt -e . && diffrl train"
     assert second == "pip install -c constraints.txt -e '.[test]' && pytest"
     assert second in commands((ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+
+
+def imported(path):
+    """The parts of diffrl that a file imports as it is loaded."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "diffrl":
+            yield from (name.name for name in node.names if name.name != "__version__")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffrl."):
+            yield node.module.split(".")[1]
+
+
+def modules(root):
+    return [*root.glob("*.py"), *root.glob("*/__init__.py")]
+
+
+def test_imports_go_down_only():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (order,) = re.findall(r"holds every module to it\): (.*?)`\.\n", text, re.DOTALL)
+    layers = [re.findall(r"\w+", layer) for layer in order.split("<")]
+    rank = {name: number for number, layer in enumerate(layers) for name in layer}
+    root = ROOT / "diffrl"
+    loaded = {path.parent.name if path.stem == "__init__" else path.stem for path in modules(root)}
+    assert loaded == {"diffrl", *rank}
+    for own in rank:
+        for path in [root / f"{own}.py"] if (root / f"{own}.py").is_file() else (root / own).rglob("*.py"):
+            for other in set(imported(path)) - {own}:
+                assert rank[other] < rank[own], f"{path} imports diffrl.{other}"
 
 
 def test_pushes_are_tested_from_the_oldest_python_on_and_as_a_wheel():

@@ -1,7 +1,7 @@
 """Show what can be chosen: algorithms, envs, rewards, presets, suites, prompt lists."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from diffrl.errors import DiffRLError
 
@@ -38,9 +38,15 @@ def run(options: argparse.Namespace) -> None:
     for name, path in suites().items():
         table.add_row(f"suite={name}", path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
     for name, words in LISTS.items():
-        table.add_row(f"prompts={name}", f"{len(words)} words: {', '.join(words[:5])}, ...")
+        table.add_row(f"prompts={name}", _words(words))
     table.add_row("prompts=PATH.txt", "one prompt per line")
     console.print(table)
+
+
+def _words(words: Sequence[str]) -> str:
+    if not any(words):
+        return "the empty prompt alone"
+    return f"{len(words)} words: {', '.join(words[:5])}" + (", ..." if len(words) > 5 else "")
 
 
 def _installed(group: str) -> Iterator[tuple[str, str]]:
