@@ -107,10 +107,10 @@ def compare(
     return _merged(done, others), trials
 
 
-def read(folder: Path) -> list[Record]:
-    """Return the records of a suite's finished cells."""
+def read(folder: Path, earlier: Sequence[Record] = ()) -> list[Record]:
+    """Return the records of a suite's finished cells; of `earlier` ones, those whose folders are gone."""
     records = map(_record, sorted(folder.glob(f"*/{_CELL_FILE}")))
-    return [record for record in records if record]
+    return _merged([record for record in records if record], earlier)
 
 
 def _best(row: str, suite: Suite, trials: list[Record]) -> str | None:
@@ -145,6 +145,9 @@ def verify(suite: Suite, folder: Path, records: list[Record], choice: int) -> li
         folder: of the suite's cells.
         records: of its cells, as `compare` returns them.
         choice: which of the finished cells, any number.
+
+    Raises:
+        DiffRLError: no cell is finished, or its words mean other settings now, or another version made it.
     """
     finished = [record for record in records if "points" in record]
     if not finished:
@@ -152,6 +155,7 @@ def verify(suite: Suite, folder: Path, records: list[Record], choice: int) -> li
     stored = finished[choice % len(finished)]
     cell = Cell(stored["row"], stored["seed"], stored["words"])
     again = folder / "verify"
+    _ours(stored, _settings(cell, again), f"{cell.name}: a record", "--root and --out")
     shutil.rmtree(again / cell.name, ignore_errors=True)
     console.print(f"running {cell.name} once more")
     (new,) = _run_all([cell], again, 1, threads=stored["threads"])

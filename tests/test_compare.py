@@ -63,10 +63,10 @@ def test_a_cell_records_what_its_numbers_depend_on(done):
 
 
 def test_a_record_that_is_cut_short_is_none(tmp_path):
-    for name, text in (("whole", '{"row": "a"}'), ("cut", '{"row": "')):
+    for name, text in (("whole", '{"row": "a", "seed": 0}'), ("cut", '{"row": "')):
         (tmp_path / name).mkdir()
         (tmp_path / name / compare._CELL_FILE).write_text(text)
-    assert compare.read(tmp_path) == [{"row": "a"}]
+    assert compare.read(tmp_path) == [{"row": "a", "seed": 0}]
 
 
 def test_a_result_that_is_not_whole_is_kept_beside(tmp_path, capsys):

@@ -8,6 +8,7 @@ from test_cli import fails
 
 from diffrl.benchmarks import compare, suites
 from diffrl.cli import main
+from diffrl.errors import DiffRLError
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,22 @@ def test_the_best_value_of_the_trials_becomes_the_rows(tuned):
     for trial in stored["trials"]:
         assert trial["words"][-3:-1] == ["env.num_steps=10", f"seed={trial['seed']}"]
         assert trial["seed"] not in range(100)  # the cells', which it chooses for
+
+
+def test_verify_refuses_a_cell_whose_words_mean_other_settings_now(tuned):
+    stored = json.loads((tuned.parent / "cells" / "mine" / "mine.json").read_text())
+    cell = stored["cells"][0]
+    cell["settings"]["env.num_steps"] = 7
+    with pytest.raises(DiffRLError, match=r"guided-seed0: .*env.num_steps was 7, and is 20 now"):
+        compare.verify(suites.load(str(tuned)), tuned.parent / "cells" / "mine", [cell], 0)
+
+
+def test_verify_takes_a_cell_whose_folder_is_gone_from_the_result(tuned, tmp_path, monkeypatch):
+    stored = json.loads((tuned.parent / "cells" / "mine" / "mine.json").read_text())
+    kept = tmp_path / "plain-seed0"
+    kept.mkdir()
+    (kept / "cell.json").write_text(json.dumps(stored["cells"][1]))
+    assert [cell["row"] for cell in compare.read(tmp_path, stored["cells"])] == ["plain", "guided"]
 
 
 def test_verify_finds_the_same_numbers_and_tells_others(tuned, capsys):
@@ -141,6 +158,7 @@ def test_verify_compares_a_measure_of_each_class_too(tmp_path, monkeypatch, caps
     stored["points"] = [{"per": [0.5, 1.0]}]
     again = {"row": "a", "seed": 0, "points": [{"per": [0.5, 0.75]}]}
     monkeypatch.setattr(compare, "_run_all", lambda *args, **kwargs: [again])
+    monkeypatch.setattr(compare, "_ours", lambda record, *args: record)
     assert compare.verify(suite, tmp_path, [stored], 0) == ["a-seed0: per/1 is 0.75, was 1, mean 1"]
     again["points"] = [{"per": [0.5, "not available: ..."]}]
     assert compare.verify(suite, tmp_path, [stored], 0) == ["a-seed0: per/1 is not available: ..., was 1"]

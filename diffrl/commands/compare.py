@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     out = options.out or folder
     earlier = result.read(out / f"{name}.json")
     if "verify" in options.words:
-        _verify(compare.read(folder) or earlier[0], suite, folder)
+        _verify(compare.read(folder, earlier[0]), suite, folder)
         return
     records, trials = compare.compare(
         suite,
