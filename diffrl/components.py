@@ -37,7 +37,7 @@ from diffrl.algorithms.untrained import Untrained
 from diffrl.envs.emoji import Emoji
 from diffrl.envs.gaussian_mixture import GaussianMixture
 from diffrl.envs.sd15 import SD15
-from diffrl.errors import DiffRLError, unknown
+from diffrl.errors import DiffRLError, first_line, unknown
 from diffrl.rewards.aesthetic import Aesthetic
 from diffrl.rewards.clip_score import ClipScore
 from diffrl.rewards.closed_form import Gaussian, Softmax
@@ -317,8 +317,8 @@ def as_component(
     try:
         OmegaConf.structured(made)
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise DiffRLError(f"{group}={word}: {name} cannot have these settings: {reason}") from error
+        why = first_line(error)
+        raise DiffRLError(f"{group}={word}: {name} cannot have these settings: {why}") from error
     return made
 
 

@@ -210,12 +210,17 @@ def _full(value: Any) -> Any:
     if isinstance(value, list):
         return [_full(each) for each in value]
     if isinstance(value, Path):
-        return value.expanduser().resolve() if value.expanduser().exists() else value
+        return _place(value.expanduser()) if value.expanduser().exists() else value
     if not isinstance(value, str) or value in LISTS:
         return value
     kind, colon, file = value.rpartition(":")  # as in imagenet_animals:PATH
     path = Path(file).expanduser()
-    return f"{kind}{colon}{path.resolve()}" if file and path.exists() else value
+    return f"{kind}{colon}{_place(path)}" if file and path.exists() else value
+
+
+def _place(path: Path) -> Path:
+    """Return the full path; of a link its own: in the hub's cache, what it leads to has no suffix."""
+    return path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
 
 
 def _register() -> None:

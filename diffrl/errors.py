@@ -22,6 +22,12 @@ def unknown_setting(key: str, known: Collection[str]) -> DiffRLError:
     return DiffRLError(f"{key}: no such setting.{_nearest(key, known)}{listed}")
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library's error says, or its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _nearest(name: object, known: Collection[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from diffrl.errors import DiffRLError
+from diffrl.errors import DiffRLError, first_line
 
 
 def read_weights(path: Path, name: str | None = None) -> dict[str, Any]:
@@ -34,9 +34,7 @@ def read_weights(path: Path, name: str | None = None) -> dict[str, Any]:
             "state_dict alone."
         ) from error
     except Exception as error:  # a cut archive raises what its reader trips over
-        raise DiffRLError(
-            f"{name}: damaged or cut short ({str(error).splitlines()[0]}). Get it again."
-        ) from error
+        raise DiffRLError(f"{name}: damaged or cut short ({first_line(error)}). Get it again.") from error
     if not isinstance(stored, Mapping):
         raise DiffRLError(f"{name}: holds a {type(stored).__name__}, not a state_dict.")
     return dict(stored)

@@ -13,13 +13,14 @@ from typing import ClassVar
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from diffrl.errors import DiffRLError
+from diffrl.errors import DiffRLError, first_line
 from diffrl.foreign_weights import read_weights
 from diffrl.rewards.clip import VIT_L_14, load_clip
 from diffrl.rewards.head import read_head
 from diffrl.types import Context
 
-_ON_HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?:pth|pt|bin|safetensors))")
+_SUFFIX = r"\.(?:pth|pt|bin|safetensors)"
+_ON_HUB = re.compile(rf"(\w[\w.-]*/(?![^/]*{_SUFFIX}$)[\w.-]+)(?:/(.+{_SUFFIX}))?")  # head.pth is no NAME
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Aesthetic:
     """LAION's aesthetic score of the picture, differentiable: about 5.5 for Stable Diffusion v1.5."""
 
     clip: str = VIT_L_14  # hub id, or a folder in the layout of transformers
-    mlp: str | None = None  # LAION's sac+logos+ava1-l14-linearMSE.pth: path, or OWNER/NAME/FILE on the hub
+    mlp: str | None = None  # LAION's sac+logos+ava1-l14-linearMSE.pth: path, or the hub's OWNER/NAME[/FILE]
 
     differentiable: ClassVar[bool] = True
     num_classes: ClassVar[tuple[int, ...]] = ()
@@ -44,7 +45,8 @@ def find_mlp(mlp: str | None) -> Path:
     """Return the file of the score's weights, fetched if need be.
 
     Args:
-        mlp: a path, or a file of a repository on the hub, OWNER/NAME/FILE.
+        mlp: a path, or a file of a repository on the hub, OWNER/NAME/FILE; FILE is by default what
+            transformers writes, model.safetensors.
 
     Raises:
         DiffRLError: there is none.
@@ -54,14 +56,13 @@ def find_mlp(mlp: str | None) -> Path:
     missing = "the aesthetic score needs it" if mlp is None else "no such file"
     if found := _ON_HUB.fullmatch(mlp or ""):
         try:
-            return Path(hf_hub_download(found[1], found[2]))
+            return Path(hf_hub_download(found[1], found[2] or "model.safetensors"))
         except Exception as error:  # of many kinds: no network, no such repository or file
-            said, _, _ = str(error).partition("\n")
-            missing += f", nor one on the hub ({said})"
+            missing += f", nor one on the hub ({first_line(error)})"
     raise DiffRLError(
         f"reward.mlp={'null' if mlp is None else mlp}: {missing}. Give the path of "
         "sac+logos+ava1-l14-linearMSE.pth (github.com/christophschuhmann/improved-aesthetic-predictor), or "
-        "OWNER/NAME/FILE of one on the hub."
+        "OWNER/NAME[/FILE] of one on the hub."
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from diffrl.errors import DiffRLError
+from diffrl.errors import DiffRLError, first_line
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
 """The model that LAION's aesthetic score stands on, and torchmetrics' CLIPScore."""
@@ -42,11 +42,10 @@ class CLIP:
             self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             self._model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # each library has its own; all mean that it cannot be loaded
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             where = "the folder" if here else "the hub and its cache (HF_HOME)"
             raise DiffRLError(
-                f"clip={source}: cannot be loaded from {where}: {reason.rstrip('.')}. Give the folder of a "
-                f"CLIP model in the layout of transformers, or a hub id such as {VIT_L_14}."
+                f"clip={source}: cannot be loaded from {where}: {first_line(error).rstrip('.')}. Give the "
+                f"folder of a CLIP model in the layout of transformers, or a hub id such as {VIT_L_14}."
             ) from error
         self._model.requires_grad_(False).eval().float()
         self._prompts: dict[str, Tensor] = {}  # embedded so far

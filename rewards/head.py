@@ -17,8 +17,10 @@ def read_head(path: Path, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
     Args:
         path: where `state` is from, for errors.
-        state: `layers.{0,2,4,6,7}.weight` and `.bias`.
+        state: `layers.{0,2,4,6,7}.weight` and `.bias`, alone or beside those of a CLIP model.
     """
+    if any(name.startswith("vision_model.") for name in state):  # a port to the hub brings its CLIP
+        state = {name: tensor for name, tensor in state.items() if name.startswith("layers.")}
     names = {f"layers.{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias")}
     if state.keys() != names:
         stray = sorted(state.keys() ^ names)[0]

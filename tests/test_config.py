@@ -66,6 +66,28 @@ def test_a_preset_whose_updates_take_minutes_keeps_each_of_them(preset):
         assert chosen.checkpoint_every == 1
 
 
+@pytest.mark.parametrize("algo", sorted(config.GROUPS["algo"]))
+def test_on_stable_diffusion_few_pictures_are_held_and_each_update_is_kept(algo):
+    reward = "compressibility" if algo != "ddpo" else "jpeg"
+    words = [f"algo={algo}", "env=sd15", f"reward={reward}"]
+    chosen = config.load(words)
+    assert (chosen.algo.micro_batch_size, chosen.checkpoint_every) == (4, 1)
+    assert chosen.algo.batch_size == config.GROUPS["algo"][algo]().batch_size
+    asked = config.load([*words, "algo.micro_batch_size=2", "checkpoint_every=5"])
+    assert (asked.algo.micro_batch_size, asked.checkpoint_every) == (2, 5)
+    assert config.load([f"algo={algo}"]).checkpoint_every == 50  # the emoji model's
+
+
+def test_a_preset_wins_over_what_its_env_brings(tmp_path, monkeypatch):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\n# a\ndefaults:\n  - override /env: sd15\n"
+    text += "algo:\n  micro_batch_size: 8\ncheckpoint_every: 7\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(config, "CONF", tmp_path)
+    chosen = config.load([f"hydra.searchpath=[file://{tmp_path}]", "+experiment=mine"])
+    assert (chosen.algo.micro_batch_size, chosen.checkpoint_every) == (8, 7)
+
+
 TABLE = """
 from pathlib import Path
 
@@ -106,6 +128,24 @@ class TestFiles:
         assert parts.reward.parts.T.table == tmp_path / "head.pth"
         assert parts.reward.parts.T.classifier == 2
         assert parts.reward.parts.aesthetic.mlp == f"{tmp_path}/head.pth"
+
+    def test_a_link_is_stored_by_its_own_path(self, tmp_path, monkeypatch):
+        """What it leads to may lie elsewhere under another name, as in the hub's cache."""
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "b").symlink_to("../blobs")
+        for name in ("c.pth", "head.pth"):
+            (tmp_path / "blobs" / f"of {name}").write_text("")
+            (tmp_path / name).symlink_to(f"blobs/of {name}")
+        (tmp_path / "mine.py").write_text(TABLE)
+        monkeypatch.chdir(tmp_path / "blobs")
+        words = ["algo=ctrl", "reward=compressibility", "reward.classifier=../c.pth"]
+        assert config.load(words).reward.classifier == f"{tmp_path}/c.pth"
+        monkeypatch.chdir(tmp_path)
+        words = ["algo=ddpo", "reward=[mine.py:T,aesthetic]", "reward.parts.aesthetic.mlp=a/b/../head.pth"]
+        parts = config.load([*words, "reward.parts.T.table=head.pth"]).reward.parts
+        assert parts.aesthetic.mlp == f"{tmp_path}/head.pth"
+        assert parts.T.table == tmp_path / "head.pth"
 
     def test_elsewhere_they_go_by_their_names(self, words, tmp_path):
         chosen = config.load(words)

@@ -350,7 +350,7 @@ class TestHub:
         assert said.startswith(f"env.model={DEFAULT_MODEL}: no such folder here, not in the cache")
         assert str(cached.parents[2]) in said
         assert "at revision v7" in said
-        assert f"hf download {DEFAULT_MODEL}" in said
+        assert f"hf download {DEFAULT_MODEL} --revision v7 --include" in said
         assert "give a diffusers folder or a .safetensors file" in said
         assert "\n" not in said
 

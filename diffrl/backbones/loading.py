@@ -14,9 +14,16 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from diffrl.backbones.architectures import NETWORKS, SD_V1, Network, check_pipeline, read_configs
+from diffrl.backbones.architectures import (
+    CONFIG_FILES,
+    NETWORKS,
+    SD_V1,
+    Network,
+    check_pipeline,
+    read_configs,
+)
 from diffrl.backbones.single_file import read_file
-from diffrl.errors import DiffRLError
+from diffrl.errors import DiffRLError, first_line
 from diffrl.schedule import make_scheduler
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -94,14 +101,23 @@ def random_parts(model: str) -> Parts:
 
 
 def fingerprint(model: str) -> str:
-    """Return what identifies the checkpoint's content: a hash of its files, or the hub id itself."""
+    """Return what identifies the checkpoint's content: a hash of its files, or the hub id itself.
+
+    Of a single file, the configs and the tokenizer beside it are among them: they are read with it.
+    """
     path = Path(model).expanduser()
     if not path.exists():
         return model
+    if path.is_dir():
+        files = [(file.name, file) for file in sorted(path.glob("*/*"))]
+    else:
+        place = path.parent
+        beside = [*(place / name for name in CONFIG_FILES.values()), *sorted(place.glob("tokenizer/*"))]
+        files = [(path.name, path), *((str(f.relative_to(place)), f) for f in beside if f.is_file())]
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*/*")) if path.is_dir() else [path]:
+    for name, file in files:
         if file.suffix in _HASHED:
-            digest.update(file.name.encode())
+            digest.update(name.encode())
             with file.open("rb") as content:
                 while chunk := content.read(_CHUNK):
                     digest.update(chunk)
@@ -158,14 +174,15 @@ def _download(model: str, revision: str | None, files: list[str]) -> Path:
         at = "" if revision is None else f" at revision {revision}"
         raise DiffRLError(
             f"env.model={model}: no such folder here, not in the cache {constants.HF_HUB_CACHE}{at}, and "
-            f"not to be had from the hub ({_first_line(error)}). Where there is a network run '"
-            f"{_hf_download(model, _WANTED)}' and bring its cache here (HF_HOME), or give a diffusers "
-            "folder or a .safetensors file."
+            f"not to be had from the hub ({first_line(error)}). Where there is a network run '"
+            f"{_hf_download(model, _WANTED, revision)}' and bring its cache here (HF_HOME), or give a "
+            "diffusers folder or a .safetensors file."
         ) from error
 
 
-def _hf_download(model: str, files: Sequence[str]) -> str:
-    return " ".join(["hf download", model, *(f'--include "{name}"' for name in files)])
+def _hf_download(model: str, files: Sequence[str], revision: str | None = None) -> str:
+    at = [] if revision is None else [f"--revision {revision}"]
+    return " ".join(["hf download", model, *at, *(f'--include "{name}"' for name in files)])
 
 
 def _network(model: str, folder: Path, part: Network) -> nn.Module:
@@ -218,7 +235,7 @@ def _read(model: str, place: Path, kind: Any, **options: Any) -> Any:
         pickled = list(place.glob("*.bin")) and not list(place.glob("*.safetensors"))
         hint = "Pickles with more than tensors are not run; give .safetensors files." if pickled else ""
         raise DiffRLError(
-            f"env.model={model}: {place.name} cannot be loaded from {place}: {_first_line(error)} "
+            f"env.model={model}: {place.name} cannot be loaded from {place}: {first_line(error)} "
             f"{hint or 'Download it again, or give a complete diffusers folder.'}"
         ) from error
 
@@ -246,8 +263,3 @@ def _spelling_tokenizer(config: Any) -> CLIPTokenizer:
     vocabulary = {piece: i for i, piece in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
     vocabulary |= {"<|startoftext|>": config.vocab_size - 2, "<|endoftext|>": config.vocab_size - 1}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=config.max_position_embeddings)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -4,7 +4,7 @@ Names are converted by diffusers; the networks' configs are built in, so that no
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from diffrl.foreign_weights import read_weights
 
 _OPEN_CLIP = "cond_stage_model.model."
 _DENOISER = "model.diffusion_model."
+_AVERAGED = "model_ema.diffusion_model"  # then the name without its dots
 _OTHERS = {
     "conditioner.embedders.": "Stable Diffusion XL",
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
@@ -38,10 +39,11 @@ def read_file(model: str, path: Path) -> tuple[dict[str, nn.Module], Configs]:
 
     Configs beside the file, as in the hub's repositories (`unet/config.json` and so on), go before the
     built-in ones: those of v1.5, or of 2.1 at 768 px where the text encoder is OpenCLIP's.
+    Of a denoiser that is there twice, the average over its training is taken, as in the hub's folders.
 
     Raises:
         DiffRLError: no whole file, a pickle with more than tensors, another architecture, a weight that is
-            missing or has another shape.
+            missing, has another shape or no place.
     """
     weights = _tensors(model, path)
     for prefix, kind in _OTHERS.items():
@@ -67,11 +69,15 @@ def read_file(model: str, path: Path) -> tuple[dict[str, nn.Module], Configs]:
             "scheduler/scheduler_config.json beside it, or give the folder of the diffusers layout.",
             stacklevel=2,
         )
+    weights = _averaged(model, weights)
     networks: dict[str, nn.Module] = {}
     for part in NETWORKS:
         with init_empty_weights(include_buffers=False):
             network = part.build(configs[part.name])
-        _fill(model, part.name, network, _converted(part.name, network, weights, second))
+        converted = _converted(part.name, network, weights, second)
+        _fill(model, part.name, network, converted)
+        if part.name == "unet":
+            _check_all_read(model, weights, [converted[name] for name in network.state_dict()])
         networks[part.name] = network
     return networks, configs
 
@@ -80,6 +86,23 @@ def _tensors(model: str, path: Path) -> dict[str, Tensor]:
     found = read_weights(path, f"env.model={model}")
     found = found.get("state_dict", found)
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def _averaged(model: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with the denoiser's averages, if there are any, in the place of its last ones."""
+    if not any(name.startswith(_AVERAGED) for name in weights):
+        return weights
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("model_ema.")}
+    for name in kept:
+        if name.startswith(_DENOISER):
+            average = _AVERAGED + name.removeprefix(_DENOISER).replace(".", "")
+            if average not in weights:
+                raise DiffRLError(
+                    f"env.model={model}: it has averages of some of the denoiser's weights (model_ema.*), "
+                    f"and none of {name!r}. Give the whole file, or one without averages."
+                )
+            kept[name] = weights[average]
+    return kept
 
 
 def _converted(part: str, network: Any, weights: dict[str, Tensor], second: bool) -> Mapping[str, Tensor]:
@@ -107,3 +130,14 @@ def _fill(model: str, part: str, network: nn.Module, weights: Mapping[str, Tenso
                 f"{list(empty.shape)}: another architecture. Put its config.json files beside it."
             )
     network.load_state_dict(weights, strict=False, assign=True)
+
+
+def _check_all_read(model: str, weights: Mapping[str, Tensor], read: Sequence[Tensor]) -> None:
+    """Raise DiffRLError if the denoiser has weights that are not among those `read`."""
+    known = {id(tensor) for tensor in read}  # the conversion moves the denoiser's, and copies none
+    for name, tensor in weights.items():
+        if name.startswith(_DENOISER) and id(tensor) not in known:
+            raise DiffRLError(
+                f"env.model={model}: the denoiser has no place for {name!r}: another architecture, as "
+                "unCLIP is. Supported are Stable Diffusion v1.x and v2.x, and models of their layout."
+            )

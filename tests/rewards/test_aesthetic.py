@@ -88,6 +88,20 @@ class TestScore:
         assert torch.equal(one, other)
         with pytest.raises(DiffRLError, match=r"nor one on the hub \(404: no such entry\)\. Give the path"):
             Aesthetic(clip, "laion/score/gone.pth")
+        with pytest.raises(DiffRLError, match=r"head\.pth: no such file\. Give"):  # of a folder here
+            Aesthetic(clip, "laion/head.pth")
+
+    def test_a_repository_s_own_weights_may_have_a_clip_model_beside_the_head(
+        self, clip, mlp, monkeypatch, tmp_path
+    ):
+        """As ports to transformers write them."""
+        whole = {f"vision_model.encoder.layers.{n}.weight": torch.zeros(1) for n in (0, 9)}
+        whole["visual_projection.weight"] = torch.zeros(1)
+        (tmp_path / "some" / "port-v2.5").mkdir(parents=True)
+        save_file(whole | torch.load(mlp), tmp_path / "some" / "port-v2.5" / "model.safetensors")
+        monkeypatch.setattr(aesthetic, "hf_hub_download", tmp_path.joinpath)
+        one, other = (aesthetic_score(pictures(), clip, m) for m in (mlp, "some/port-v2.5"))
+        assert torch.equal(one, other)
 
     def test_a_head_of_another_width_or_layout_is_refused(self, clip, mlp, tmp_path):
         torch.save(head_state(head(3)), tmp_path / "three.pth")
@@ -127,6 +141,10 @@ class TestWeights:
         (tmp_path / "x.pth").write_bytes(buffer.getvalue()[:2000])
         with pytest.raises(DiffRLError, match=r"x\.pth: damaged"):
             read_weights(tmp_path / "x.pth")
+        for name in ("x.pth", "x.bin", "x.ckpt", "x.safetensors"):
+            (tmp_path / name).write_bytes(b"")
+            with pytest.raises(DiffRLError, match=rf"{name}: damaged or cut short \(\w.*\)\. Get it again"):
+                read_weights(tmp_path / name)
         torch.save([torch.zeros(1)], tmp_path / "x.pth")
         with pytest.raises(DiffRLError, match=r"x\.pth: holds a list, not a state_dict"):
             read_weights(tmp_path / "x.pth")
