@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from diffrl import __version__, config, settings_file, train
+from diffrl import __version__, config, disk, settings_file, train
 from diffrl.benchmarks import forks
 from diffrl.benchmarks.suites import Cell, Suite
 from diffrl.benchmarks.summary import first_of, spread, summarise
@@ -67,13 +67,13 @@ def compare(
     Returns:
         The records of all cells, in the suite's order, and those of the trials that tuned them.
     """
-    own = {"seed", "name", "root", *(_key(word) for row in suite.rows.values() for word in row)}
+    own = {"seed", "name", "root", *(config.key_of(word) for row in suite.rows.values() for word in row)}
     own |= set() if quick else {key for grid in suite.tune.values() for key in grid}
     own -= set(AT_A_TIME)  # of the machine
     for word in words:
-        if _key(word) in own:
+        if config.key_of(word) in own:
             raise DiffRLError(
-                f"{word}: the suite sets {_key(word)} itself; change it in a suite of your own."
+                f"{word}: the suite sets {config.key_of(word)} itself; change it in a suite of your own."
             )
     hurry = suite.quick if quick else {}
     rows = {
@@ -236,13 +236,9 @@ def _wanted(cells: list[Cell], folder: Path) -> dict[str, config.Config]:
     return wanted
 
 
-def _key(word: str) -> str:
-    return word.lstrip("+").partition("=")[0]
-
-
 def _settings(cell: Cell, folder: Path) -> config.Config:
     """Return what a cell trains with; mistakes of settings that contradict each other show here."""
-    settings = copy.deepcopy(_loaded(tuple(word for word in cell.words if _key(word) != "seed")))
+    settings = copy.deepcopy(_loaded(tuple(word for word in cell.words if config.key_of(word) != "seed")))
     settings.seed = cell.seed
     settings.root, settings.name, settings.resume = str(folder), cell.name, "auto"
     settings.dataset_workers = 0  # a cell is a daemon, to die with the suite, and may have no children
@@ -277,9 +273,8 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
         "points": list(points_of(trained)),
         "settings": settings_file.facts(settings),
     }
-    unfinished = trained / (_CELL_FILE + ".tmp")
-    unfinished.write_text(json.dumps(record | origin))
-    unfinished.rename(trained / _CELL_FILE)
+    with disk.replacing(trained / _CELL_FILE) as draft:
+        draft.write_text(json.dumps(record | origin))
 
 
 def _drop_other(folder: Path, settings: config.Config) -> None:

@@ -29,6 +29,7 @@ from torch.optim import SGD
 from diffrl.algorithms.pathwise import Pathwise
 from diffrl.benchmarks.compare import provenance
 from diffrl.build import Setup
+from diffrl.config import key_of
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
 from diffrl.log import console, print_wide, progress
@@ -127,7 +128,7 @@ def _algorithm(run: Path, words: list[str]) -> Pathwise:
     for word in words:
         if not word.startswith("algo."):
             raise DiffRLError(f"{word}: no setting of the algorithm; give words such as algo.kl_steps=2.")
-        if word.partition("=")[0] in ("algo.batch_size", "algo.micro_batch_size"):
+        if key_of(word) in ("algo.batch_size", "algo.micro_batch_size"):
             raise DiffRLError(f"{word}: rows compare at the run's own batch; leave it out.")
     algo = settings_of(run, words).algo
     if not isinstance(algo, Pathwise) or algo.kl_budget is not None:

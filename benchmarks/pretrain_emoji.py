@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffrl import disk
 from diffrl.benchmarks import emoji_data
 from diffrl.envs.emoji import ASSET
 from diffrl.rewards.prompt_fidelity import PromptFidelity
@@ -105,9 +106,8 @@ class Stage:
     def _save(self) -> None:
         parts = ("module", "average", "optimizer")
         state = {name: getattr(self, name).state_dict() for name in parts}
-        draft = self.path.with_suffix(".tmp")
-        torch.save(state | {"step": self.step, "seconds": self.seconds}, draft)
-        draft.replace(self.path)
+        with disk.replacing(self.path) as draft:
+            torch.save(state | {"step": self.step, "seconds": self.seconds}, draft)
 
     def _load(self) -> None:
         state = torch.load(self.path, weights_only=True)

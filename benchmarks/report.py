@@ -13,7 +13,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
 
-from diffrl import __version__
+from diffrl import __version__, disk
 from diffrl.benchmarks.charts import charts
 from diffrl.benchmarks.compare import points_of
 from diffrl.benchmarks.suites import Cell, Suite
@@ -50,9 +50,8 @@ def write(sources: list[Path], out: Path) -> Path:
     names = ", ".join(section["name"] for section in sections)
     html = page.render(title=f"diffrl: {names}", origin=f"diffrl {__version__}", suites=sections)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(out.name + ".tmp")
-    draft.write_text(html, encoding="utf-8")
-    draft.replace(out)
+    with disk.replacing(out) as draft:
+        draft.write_text(html, encoding="utf-8")
     return out
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from diffrl import disk
 from diffrl.benchmarks.charts import charts
 from diffrl.benchmarks.suites import Suite
 from diffrl.benchmarks.summary import several, spread, summarise
@@ -41,9 +42,8 @@ def store(
     stored = {"suite": name, "settings": asdict(suite), "rows": rows, "cells": records}
     stored |= {"trials": trials} if trials else {}
     out.mkdir(parents=True, exist_ok=True)
-    draft = out / f"{name}.json.tmp"
-    draft.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-    draft.replace(out / f"{name}.json")
+    with disk.replacing(out / f"{name}.json") as draft:
+        draft.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     return rows
 
 

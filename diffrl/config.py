@@ -139,7 +139,7 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
         DiffRLError: a word that does not parse, an env among several that has a reward of its own.
     """
     overrides = [_registered(word) for word in overrides]
-    words = [word for word in overrides if word.partition("=")[0] != "hydra/launcher"]
+    words = [word for word in overrides if key_of(word) != "hydra/launcher"]
     try:
         varied = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
     except HydraException as error:
@@ -147,7 +147,7 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
             f"{' '.join(str(error).split())} Write key=value, quotes round blanks."
         ) from error
     keys = [override.key_or_group for override in varied]
-    given = {word.partition("=")[0] for word in words}
+    given = {key_of(word) for word in words}
     if "env" in keys and "reward" not in given:
         raise DiffRLError("env: several of them in a sweep need one reward that suits all; give reward=...")
     name = ",".join(f"{key}=${{{'hydra:runtime.choices.' * (key in GROUPS)}{key}}}" for key in keys)
@@ -203,6 +203,11 @@ def _locate(part: Any) -> None:
             _locate(value)
         elif one.name in _FILES or isinstance(value, Path):
             object.__setattr__(part, one.name, _full(value))  # of somebody's, it may be frozen
+
+
+def key_of(word: str) -> str:
+    """Return the key of a `key=value` word, `+key=value` too."""
+    return word.lstrip("+").partition("=")[0]
 
 
 def _full(value: Any) -> Any:
@@ -269,7 +274,7 @@ def _explain(error: Exception, overrides: list[str]) -> DiffRLError:
             words |= {o.key_or_group: o for o in OverridesParser.create().parse_overrides([word])}
         except HydraException:
             return DiffRLError(f"{word}: cannot be parsed. Write key=value, with quotes round blanks.")
-    bare = [word for word in overrides if word.lstrip("+").partition("=")[0] in {*GROUPS, "experiment"}]
+    bare = [word for word in overrides if key_of(word) in {*GROUPS, "experiment"}]
     known = _keys(tree(bare))
     for key in words:
         if key not in known and key not in {*GROUPS, "experiment"}:

@@ -40,6 +40,21 @@ def told(place: Path | None = None, advice: str = "") -> Iterator[None]:
         raise DiffRLError(f"{reason} {advice}".rstrip()) from error
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the path of a draft, which takes the place of `path` in the end; after an error it is deleted.
+
+    Whoever reads `path` meanwhile reads what was there before: a file is whole at any time.
+    """
+    draft = path.with_name(f".{os.getpid()}.{path.name}")  # others may write it at once
+    try:
+        yield draft
+        sync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)  # it may be what fills the disk
+
+
 def probe(folder: Path) -> None:
     """Raise OSError where nothing can be written in a folder, there already or not; nothing is left."""
     there = next(place for place in (folder, *folder.parents) if place.exists())

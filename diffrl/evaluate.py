@@ -23,7 +23,7 @@ from diffrl.rewards.measures import MEASURES, Measure
 from diffrl.rewards.prompt_fidelity import PromptFidelity
 from diffrl.rewards.scoring import score
 from diffrl.rollout import rollout
-from diffrl.types import NO_LABEL, Reward, every_label
+from diffrl.types import EVALUATION_SEED, NO_LABEL, Reward, every_label
 
 
 def evaluate(
@@ -32,7 +32,7 @@ def evaluate(
     num_pictures: int,
     gamma: float,
     z_known: bool = True,
-    seed: int = 42,
+    seed: int = EVALUATION_SEED,
     judge: PromptFidelity | None = None,
     clip: str | None = None,
     stand_in: Reward | None = None,
@@ -185,7 +185,7 @@ def _cost(actor: Guidance, seed: int) -> dict[str, float]:
 
 
 def picture_grid(
-    actor: Guidance, prompts: list[str], *, seed: int = 42, labels: Tensor | None = None
+    actor: Guidance, prompts: list[str], *, seed: int = EVALUATION_SEED, labels: Tensor | None = None
 ) -> Image.Image:
     """Return pictures, one column a prompt and the same noise in each row.
 

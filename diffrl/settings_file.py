@@ -66,10 +66,8 @@ def write(config: Config, path: Path, *, here: bool = True) -> None:
         model = stored["env"].get("model")
         stored = _elsewhere(stored)
         stored["env"] |= {"model": model} if model else {}
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(yaml.safe_dump(stored, sort_keys=False), encoding="utf-8")
-    disk.sync(draft)
-    draft.replace(path)
+    with disk.replacing(path) as draft:
+        draft.write_text(yaml.safe_dump(stored, sort_keys=False), encoding="utf-8")
 
 
 def facts(config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from shlex import quote
 from diffrl import checkpoint, disk, lock, processes, settings_file, weights
 from diffrl import config as settings
 from diffrl.build import Setup
-from diffrl.config import Config
+from diffrl.config import Config, key_of
 from diffrl.conflicts import check_new
 from diffrl.errors import DiffRLError
 from diffrl.log import RunLog, console
@@ -74,7 +74,6 @@ def train(config: Config) -> Path:
                 settings_file.write(config, draft / CONFIG_FILE)
                 if isinstance(reward, LogLikelihood):
                     reward.save(draft / CLASSIFIER_FILE)
-                    disk.sync(draft / CLASSIFIER_FILE)
                     console.print(describe(reward))
                 run.save(draft / CHECKPOINTS)
                 disk.sync(draft)
@@ -96,7 +95,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> Path:
         DiffRLError: no such run, none of its checkpoints is whole, or another setting among the words.
     """
     for word in overrides:
-        if word.partition("=")[0] not in AT_A_TIME:
+        if key_of(word) not in AT_A_TIME:
             raise DiffRLError(
                 f"{word}: the settings of {folder} are its own; all that may change is "
                 f"{' and '.join(AT_A_TIME)}."

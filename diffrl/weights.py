@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffrl import disk
 from diffrl.errors import DiffRLError
 from diffrl.policy import LabelEmbedding, Policy
 
@@ -25,18 +25,15 @@ def save(policy: Policy, folder: Path) -> None:
     """Write both files, each whole or not at all."""
     lora = get_peft_model_state_dict(policy.unet)
     lora = {name: tensor.detach().cpu().contiguous() for name, tensor in lora.items()}
-    draft = folder / "lora.tmp"
-    StableDiffusionPipeline.save_lora_weights(draft, unet_lora_layers=lora)
-    os.replace(draft / LORA_FILE, folder / LORA_FILE)
-    draft.rmdir()
+    with disk.replacing(folder / LORA_FILE) as draft:
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=lora, weight_name=draft.name)
     control = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in policy.label_embedding.state_dict().items()
     }
     counts = policy.label_embedding.num_classes
-    control_draft = folder / (CONTROL_FILE + ".tmp")
-    save_file(control, control_draft, metadata={"num_classes": json.dumps(counts)})
-    os.replace(control_draft, folder / CONTROL_FILE)
+    with disk.replacing(folder / CONTROL_FILE) as draft:
+        save_file(control, draft, metadata={"num_classes": json.dumps(counts)})
 
 
 def load(policy: Policy, folder: Path) -> None:

@@ -6,7 +6,6 @@ attributes. Source: CTRL, arXiv:2406.12120, algorithm 1.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from diffrl import disk
 from diffrl.datasets import Batch
 from diffrl.errors import DiffRLError
 from diffrl.rewards.classifier import FEATURES, Classifier
@@ -231,9 +231,8 @@ class LogLikelihood(nn.Module):
             "attributes": attributes,
         }
         tensors = {name: t.cpu().contiguous() for name, t in self.state_dict().items()}
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it at once
-        save_file(tensors, draft, metadata={"diffrl.classifier": json.dumps(config)})
-        draft.replace(path)
+        with disk.replacing(path) as draft:
+            save_file(tensors, draft, metadata={"diffrl.classifier": json.dumps(config)})
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -152,3 +152,20 @@ def test_metrics_that_cannot_be_written_are_told_of(tmp_path):
     os.dup2(os.open("/dev/full", os.O_WRONLY), log._metrics.fileno())
     with pytest.raises(DiffRLError, match="No space"), disk.told(tmp_path), log:
         log.write(1, {"a": 1.0})
+
+
+class TestReplacing:
+    def test_a_file_is_the_old_one_until_the_new_one_is_whole(self, tmp_path):
+        path = tmp_path / "a.json"
+        path.write_text("old")
+        with disk.replacing(path) as draft:
+            draft.write_text("new")
+            assert (draft.parent, path.read_text()) == (tmp_path, "old")
+        assert (path.read_text(), os.listdir(tmp_path)) == ("new", ["a.json"])
+
+    def test_after_an_error_nothing_is_left_of_the_new_one(self, tmp_path):
+        path = tmp_path / "a.json"
+        path.write_text("old")
+        with pytest.raises(UnicodeEncodeError), disk.replacing(path) as draft:
+            draft.write_text("n\u00e9w", encoding="ascii")
+        assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["a.json"])

@@ -6,7 +6,6 @@ Source of the mixture and the schedule: the toy model of CTRL's checks, SD v1.5'
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from diffrl import disk
 from diffrl.cache import cache_folder
 from diffrl.schedule import make_scheduler
 
@@ -212,6 +212,5 @@ def fit(unet: Denoiser, mixture: Mixture, seed: int, num_steps: int = _FIT_STEPS
 
 def _save(unet: Denoiser, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write it at once
-    save_file(unet.state_dict(), draft)
-    draft.replace(path)
+    with disk.replacing(path) as draft:
+        save_file(unet.state_dict(), draft)

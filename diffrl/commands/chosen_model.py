@@ -30,7 +30,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
                         f"{word}: {folder} was trained with settings of its own; give guidance=..."
                     )
             asked = config.load(guided)
-            named = {word.partition("=")[0].partition(".")[0] for word in guided}
+            named = {config.key_of(word).partition(".")[0] for word in guided}
             overrides |= {name: getattr(asked, name) for name in named}  # the run's own stay
         setup, policy, reward = restore(folder, overrides)
     policy.control_scale = options.control_scale
