@@ -33,6 +33,7 @@ from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward, stream_seed
 
 _FEW = 100  # pictures of a class
+_FULL = "The model alone does not fit beside what else is there: end that, or take another device."
 _FITTED = 3  # part of the cache's key: raise it when the same settings come to draw or fit otherwise
 
 
@@ -53,7 +54,8 @@ class Setup:
         self.prompts = load_prompts(config.prompts, self.num_classes())
         self.eval_prompts = load_prompts(config.eval_prompts or config.prompts, self.num_classes())
         entries = self._read_dataset()
-        self.backbone: Backbone = config.env.load().to(self.device)
+        with memory.advised(f"device={self.device}", _FULL):
+            self.backbone: Backbone = config.env.load().to(self.device)
         self.schedule = DDIMSchedule(self.backbone.scheduler, config.env.num_steps, config.env.eta).to(
             self.device
         )
@@ -154,7 +156,9 @@ class Setup:
             return reward
         path = self.classifier_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # cells of a suite want the same one at once
+        with processes.led():  # by the one that speaks; the others wait at the lock, without a time limit
+            lock = FileLock(f"{path}.lock").acquire()  # cells of a suite want the same one at once
+        with lock:
             if path.is_file() and not refit:
                 console.print(f"classifier: from the cache, {path}")
                 reward = LogLikelihood.load(path)

@@ -9,11 +9,15 @@ import torch
 
 from diffrl.errors import DiffRLError
 
+# PyTorch has a class for it where its own allocator on a GPU has no more, and none for the CPU's allocator,
+# the driver, as where other processes fill the device, and cuBLAS and cuDNN, which want memory of their own
+_SAID = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+
 
 def is_exhausted(error: BaseException) -> bool:
     """Return whether `error` is that of a device, or of the machine, without memory left."""
-    # on a CPU PyTorch has no class for it
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    of_a_kind = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return of_a_kind or any(words in str(error) for words in _SAID)
 
 
 @contextmanager
@@ -29,21 +33,32 @@ def told(setting: str, value: int, folder: Path | None = None, *, of: int = 0) -
     Raises:
         DiffRLError: memory has run out.
     """
+    if value == 1:
+        fix = (
+            "One picture at a time is the least; use env.precision=bf16, or for a chain of steps, as "
+            "of ctrl and reward_backprop, env.checkpointing=true."
+        )
+    else:
+        less = max(size for size in range(1, value // 2 + 1) if of % size == 0)
+        fix = f"Take fewer at a time: {setting}={less}"
+        if folder is not None:
+            go_on = f"diffrl train --resume {quote(str(folder))}"
+            fix = f"Go on with fewer at a time: {go_on} {setting}={less}"
+    with advised(f"{setting}={value}", fix):
+        yield
+
+
+@contextmanager
+def advised(word: str, fix: str) -> Iterator[None]:
+    """Say of memory that runs out here which setting it is about, and what to do.
+
+    Raises:
+        DiffRLError: memory has run out.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_exhausted(error):
             raise
-        reason = " ".join([f"{setting}={value}: out of memory.", *str(error).splitlines()[:1]])
-        if value == 1:
-            fix = (
-                "One picture at a time is the least; use env.precision=bf16, or for a chain of steps, as "
-                "of ctrl and reward_backprop, env.checkpointing=true."
-            )
-        else:
-            less = max(size for size in range(1, value // 2 + 1) if of % size == 0)
-            fix = f"Take fewer at a time: {setting}={less}"
-            if folder is not None:
-                go_on = f"diffrl train --resume {quote(str(folder))}"
-                fix = f"Go on with fewer at a time: {go_on} {setting}={less}"
-        raise DiffRLError(f"{reason} {fix}") from error
+        first = [f"{line.rstrip('.')}." for line in str(error).splitlines()[:1]]
+        raise DiffRLError(" ".join([f"{word}: out of memory.", *first, fix])) from error

@@ -7,7 +7,7 @@ one process alone, however many there are. One process goes through the same lin
 
 import atexit
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -22,12 +22,21 @@ T = TypeVar("T")
 
 
 def join(device: torch.device) -> torch.device:
-    """Meet the others that `accelerate launch` or torchrun started, and return our own device."""
+    """Meet the others that `accelerate launch` or torchrun started, and return our own device.
+
+    A GPU is PyTorch's current one from here on.
+    """
     begun = PartialState._shared_state != {}
     state = PartialState(cpu=device.type == "cpu", timeout=_LONGEST_WAIT)
     if state.num_processes > 1 and not begun:
         atexit.register(_leave)  # else its threads may end the process with an abort
-    return device if state.num_processes == 1 else state.device
+    device = device if state.num_processes == 1 else state.device
+    if device.type == "cuda":
+        if device.index is not None:  # else it is the current one
+            torch.cuda.set_device(device)  # of which clock and memory are asked
+        # TF32, as convolutions have it by PyTorch's default; NVIDIA_TF32_OVERRIDE=0 takes it from both
+        torch.set_float32_matmul_precision("high")
+    return device
 
 
 @contextmanager
@@ -57,6 +66,11 @@ def is_first() -> bool:
 def wait() -> None:
     """Return when all have come here."""
     PartialState().wait_for_everyone()
+
+
+def led() -> AbstractContextManager[None]:
+    """Return a context that the others enter when the first one has left it; all must come to it."""
+    return PartialState().main_process_first()
 
 
 def part(number: int) -> range:

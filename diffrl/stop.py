@@ -1,11 +1,15 @@
 """Signals that ask a run to stop: heard between two updates, so that it stops whole."""
 
+import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 from typing_extensions import Self
+
+from diffrl import processes
 
 _HEARD = (signal.SIGTERM, signal.SIGINT)
 
@@ -13,7 +17,7 @@ _HEARD = (signal.SIGTERM, signal.SIGINT)
 class StopSignals:
     """While it is entered, the first SIGTERM (preemption) or SIGINT (Ctrl-C) only sets `asked`.
 
-    A second one stops at once, as ever.
+    It says so. A second one stops at once, as ever.
     """
 
     def __init__(self) -> None:
@@ -48,3 +52,11 @@ class StopSignals:
         self.heard = number
         for known, handler in self._before.items():
             signal.signal(known, handler)
+        if processes.is_first():
+            line = (
+                f"\n{signal.Signals(number).name}: the run ends after the update at hand; a second one "
+                "ends it at once, and it goes on from its last checkpoint.\n"
+            )
+            # past Python's streams, in the midst of whose work it may come; the terminal may be gone
+            with suppress(OSError):
+                os.write(2, line.encode())

@@ -5,6 +5,7 @@ Shapes: N envs, T steps, C,H,W latent, A attributes a label has, L tokens, E wid
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, Protocol, TypedDict
 
@@ -156,14 +157,17 @@ class Trajectory:
         Returns:
             The observation `[B, ...]` and the x_{t-1} that was chosen there, `[B, C, H, W]`.
         """
-        timesteps = torch.tensor(self.timesteps, device=self.latents.device)
         obs: Observation = {
             "latents": self.latents[step, sample],
-            "timestep": timesteps[step],
+            "timestep": self._timesteps[step],
             "prompt_embeds": self.context.prompt_embeds[sample],
             "label": self.context.label[sample],
         }
         return obs, self.latents[step + 1, sample]
+
+    @cached_property
+    def _timesteps(self) -> Tensor:  # one copy to the device, which waits for it, for all pairs
+        return torch.tensor(self.timesteps, device=self.latents.device)
 
     def result(self) -> "Trajectory":
         """Return the same without what led to x_0, and without pictures: little enough to keep many."""

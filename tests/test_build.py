@@ -14,6 +14,7 @@ from diffrl import config
 from diffrl.build import Setup
 from diffrl.cache import cache_folder
 from diffrl.envs.denoising import own_seed
+from diffrl.envs.emoji import Emoji
 from diffrl.errors import DiffRLError
 from diffrl.policy import Pretrained
 from diffrl.rewards.closed_form import Softmax
@@ -72,6 +73,16 @@ def test_a_disk_that_fills_up_with_pictures_keeps_none_and_says_where(tiny_path,
     with pytest.raises(DiffRLError, match=why):
         setup.make_reward(setup.make_policy((2,)))
     assert not [*cache_folder().glob("*.pictures"), *cache_folder().glob("*.tmp")]
+
+
+def test_a_device_that_is_full_before_anything_is_drawn_is_named(monkeypatch):
+    def load(self):
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(Emoji, "load", load)
+    why = "device=cpu: out of memory. CUDA error: out of memory. The model alone does not fit beside what"
+    with pytest.raises(DiffRLError, match=why):
+        Setup(config.load(["device=cpu"]))
 
 
 def test_no_stream_of_a_run_is_the_env_s_own():

@@ -236,7 +236,7 @@ class TestRuns:
             check_new(config.load([*words, f"keep_best={instead}"]))
 
     def test_a_metric_that_something_is_missing_for_is_refused_with_the_remedy(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "piq", None)
+        monkeypatch.setitem(sys.modules, "brisque", None)
         with pytest.raises(
             DiffRLError, match=r"keep_best=eval/brisque: .*pip install 'diffrl\[metrics\]'\."
         ):
@@ -249,7 +249,7 @@ class TestRuns:
         ):
             check_new(config.load(["env=sd15", "env.model=some/id", "keep_best=eval/prompt_fidelity"]))
         check_new(config.load(["keep_best=eval/prompt_fidelity"]))
-        monkeypatch.setitem(sys.modules, "piq", SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "brisque", SimpleNamespace())
         check_new(config.load(["keep_best=eval/brisque"]))
 
     def test_the_last_weights_are_judged_as_those_before_and_the_best_ones_measured_once_more(

@@ -140,6 +140,45 @@ def test_stopped_and_resumed_by_two_it_is_the_run_of_two_that_never_was(alone, t
     assert all(torch.equal(resumed[name], tensor) for name, tensor in tensors.items())
 
 
+LATE = """
+import os
+import time
+from diffrl.envs.sd15 import SD15
+
+class Late(SD15):
+    def load(self):
+        if os.environ["RANK"] == "0":
+            time.sleep(3)  # long enough for the other to come to the fit
+        return super().load()
+"""
+
+
+def test_the_first_one_draws_and_fits_for_all_however_late_it_comes(tiny_path, tmp_path):
+    """It alone speaks: by another one the terminal would stay blank for as long as that takes."""
+    (tmp_path / "late.py").write_text(LATE)
+    words = ["fit", f"env={tmp_path / 'late.py'}:Late", f"env.model={tiny_path}", "env.num_steps=2"]
+    words += ["reward.num_pictures=40", "reward.num_classes=2"]
+    run = launch(2, [words], tmp_path / "cache", tmp_path / "log")
+    run.join()
+    said = (tmp_path / "log").read_text()
+    assert run.exitcode == 0, said
+    assert said.count("drawing the offline dataset 40/40") == 1, said
+    assert "from the cache" not in said
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+
+
+def test_a_gpu_is_the_current_one_and_multiplies_in_tf32(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda, "set_device", said.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    assert processes.join(torch.device("cpu")) == torch.device("cpu")
+    assert said == []
+    for name, expected in (("cuda:1", [torch.device("cuda:1"), "high"]), ("cuda", ["high"])):
+        assert processes.join(torch.device(name)) == torch.device(name)
+        assert said == expected
+        said.clear()
+
+
 def test_more_processes_than_micro_batches_are_refused(tiny_path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 7)
     command = ["train", f"env.model={tiny_path}", f"root={tmp_path}", *SMALL, "algo=rwr", "reward=jpeg"]

@@ -88,7 +88,7 @@ def stopped_after(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_stopped_and_resumed_it_is_the_run_that_never_was(name, words, tmp_path, stopped_after, capsys):
+def test_stopped_and_resumed_it_is_the_run_that_never_was(name, words, tmp_path, stopped_after, capfd):
     """By three signals in a row, each in the first update after the last."""
     assert main(words(name, tmp_path / "whole")) == 0
     for stop in range(UPDATES - 1):
@@ -98,12 +98,27 @@ def test_stopped_and_resumed_it_is_the_run_that_never_was(name, words, tmp_path,
         assert main(command) == (130 if number == signal.SIGINT else 0)
         again()
         assert not is_done(tmp_path / "parts" / "run")
-        assert f"stopped after update {stop + 1}. Go on with" in " ".join(capsys.readouterr().out.split())
+        said = capfd.readouterr()
+        assert f"stopped after update {stop + 1}. Go on with" in " ".join(said.out.split())
+        told = f"{number.name}: the run ends after the update at hand; a second one ends it at once"
+        assert said.err.count(told) == 1
     assert resume(tmp_path / "parts" / "run") == tmp_path / "parts" / "run"
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     assert is_done(parts)
     assert numbers(whole) == numbers(parts)
     assert bits(whole) == bits(parts)
+
+
+def test_a_second_ctrl_c_ends_it_in_the_midst_of_the_update(words, tmp_path, monkeypatch, capfd):
+    def step(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(Algorithm, "step", step)
+    assert main(words("ctrl", tmp_path)) == 130
+    assert capfd.readouterr().err.count("a second one ends it at once") == 1
+    assert numbers(tmp_path / "run")[-1]["update"] == 0
 
 
 def test_killed_before_its_first_update_it_begins_again(words, tmp_path, monkeypatch):
@@ -275,6 +290,23 @@ def test_the_next_smaller_micro_batch_divides_the_batch(tmp_path):
 def test_with_one_picture_at_a_time_it_says_what_else_there_is(tmp_path):
     with pytest.raises(DiffRLError, match=r"env.precision=bf16"), memory.told("name", 1, tmp_path):
         raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried",
+    ],
+)
+def test_what_cuda_and_its_libraries_say_of_memory_is_understood(text, tmp_path):
+    """PyTorch has a class of its own for its caching allocator's error alone."""
+    with pytest.raises(DiffRLError) as told, memory.told("name", 4, tmp_path):
+        raise RuntimeError(text)
+    fix = f"Go on with fewer at a time: diffrl train --resume {tmp_path} name=2"
+    assert str(told.value) == f"name=4: out of memory. {text.splitlines()[0]}. {fix}"
 
 
 def test_another_error_is_left_alone(tmp_path):

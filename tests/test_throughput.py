@@ -139,6 +139,18 @@ def test_adapters_off_are_a_second_copy_of_the_network(tiny):
     assert_same_gradients(gradients, by_copy, 1e-5)
 
 
+def test_the_timesteps_are_copied_to_the_device_once_a_trajectory(tiny, monkeypatch):
+    """DDPO asks for every batch of (picture, step), and each copy waits for the device."""
+    policy, env = make(tiny)
+    episodes = rollout(env, policy, torch.Generator().manual_seed(0), seed=7)
+    copies, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *of, **more: (copies.append(of), tensor(*of, **more))[1])
+    for step, timestep in enumerate(policy.schedule.timesteps.tolist()):
+        obs, _ = episodes.decision(torch.arange(3), torch.full((3,), step))
+        assert obs["timestep"].tolist() == [timestep] * 3
+    assert len(copies) == 1
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kept", [[True] * 4, [True, False, True, False]], ids=["full", "truncated"])
 def test_the_plain_loop_takes_the_same_update(tiny, monkeypatch, kept, reduction):
@@ -191,6 +203,11 @@ class TestCost:
         assert len(seen) > 4 * 2  # four steps, forward and again
         assert not alive
 
+    def test_a_gpu_is_held_against_its_peak_in_bf16_whatever_the_row_s_precision(self):
+        gpu, cpu = torch.device("cuda:1"), torch.device("cpu")
+        assert [cost.peak_dtype(gpu, name) for name in ("fp32", "bf16")] == [torch.bfloat16] * 2
+        assert cost.peak_dtype(cpu, "fp32") == torch.float32
+
     def test_calls_and_flops_are_those_of_the_work(self, tiny_path, monkeypatch):
         """T=2 and both halves of guidance: 4 calls a picture, and as many again of the reference."""
         monkeypatch.setattr(cost, "matmul_flops", lambda device, dtype: 1e9)
@@ -221,6 +238,20 @@ class TestTable:
         assert mine["faster than plain ctrl, full"] == 4.0
         assert mine["memory of plain ctrl, full"] == 0.75
         assert mine["share_of_peak"] == 0.2
+
+    def test_ctrl_s_default_is_held_against_the_published_update_as_a_plain_loop(self, capsys):
+        """4 pictures a second against 1 in bf16 and .5 in fp32; named as another update than its own."""
+        names = ("plain ctrl, truncated", "plain ctrl, truncated, fp32")
+        plain = [self.record(name, seconds=s) for name, s in zip(names, (2.0, 4.0), strict=True)]
+        same = self.record("ctrl, truncated")
+        records = throughput.compared([self.record("ctrl", seconds=0.5), same, *plain])
+        assert [records[0][f"faster than {name}"] for name in names] == [4.0, 8.0]
+        throughput.show(records, {})
+        said = " ".join(capsys.readouterr().out.split())
+        other = "by another update, our default against the published one"
+        assert f"ctrl: 4.00 x the pictures a second of {names[0]!r}, 1.00 x its memory, {other}" in said
+        assert f"ctrl: 8.00 x the pictures a second of {names[1]!r}, 1.00 x its memory, {other}" in said
+        assert said.count(other) == 2  # not of the row that takes the same one
 
     def test_algo_words_reach_the_rows_of_the_chosen_algorithm_alone(self):
         words = ["algo=ddpo", "algo.inner_epochs=3", "env.eta=0.5"]
