@@ -19,6 +19,7 @@ from diffrl.algorithms.untrained import Untrained
 from diffrl.build import Setup
 from diffrl.config import Config, chosen
 from diffrl.conflicts import is_learned
+from diffrl.learned import make_reward
 from diffrl.policy import Policy
 from diffrl.rewards.scoring import score
 from diffrl.rewards.surrogate import OnlineSurrogateReward
@@ -70,7 +71,7 @@ def _findings(config: Config) -> Iterator[Finding]:
         quick = replace(config, reward=replace(config.reward, num_pictures=_FIT_PICTURES))
     setup = Setup(quick)
     policy = setup.make_policy(setup.num_classes())
-    reward = setup.make_reward(policy)
+    reward = make_reward(setup, policy)
     env = setup.make_env(reward, _PICTURES)
     noisy = config.env.eta > 0
     reference = policy.reference if noisy else None

@@ -17,6 +17,7 @@ from diffrl.config import Config
 from diffrl.conflicts import is_learned
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import picture_grid
+from diffrl.learned import classifier_file, make_reward
 from diffrl.meter import now, peak_memory
 from diffrl.policy import Policy, Pretrained
 from diffrl.restore import measure
@@ -102,8 +103,8 @@ def _setup(config: Config) -> Setup:
 def _reward(setup: Setup, policy: Policy, meter: _Meter) -> Reward:
     """Return the reward; one that is not fitted yet is fitted to a few pictures: it costs the same."""
     chosen = setup.config.reward
-    if not is_learned(chosen) or chosen.classifier or setup.classifier_file().is_file():
-        return setup.make_reward(policy)
+    if not is_learned(chosen) or chosen.classifier or classifier_file(setup).is_file():
+        return make_reward(setup, policy)
     count, at_once = chosen.num_pictures, setup.config.eval_batch
     env = setup.make_env(Jpeg(), at_once)
 

@@ -12,6 +12,7 @@ from diffrl.conflicts import is_learned, judge_folder
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import evaluate
 from diffrl.evaluate_mixture import MixtureEvaluation
+from diffrl.learned import make_reward
 from diffrl.policy import Policy
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
@@ -53,7 +54,7 @@ def measure(
 def pretrained(setup: Setup) -> tuple[Policy, Reward]:
     """Return the model of a setup with nothing learnt yet, and its reward, fitted if it must be."""
     policy = setup.make_policy(setup.num_classes())
-    return policy, setup.make_reward(policy)
+    return policy, make_reward(setup, policy)
 
 
 def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Reward]:

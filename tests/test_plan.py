@@ -8,6 +8,7 @@ from diffrl import config
 from diffrl import plan as planning
 from diffrl.build import Setup
 from diffrl.cli import main
+from diffrl.learned import make_reward
 from diffrl.plan import plan
 from diffrl.train import train
 
@@ -52,7 +53,7 @@ def test_what_is_in_the_cache_is_not_drawn_again(tiny_path, tmp_path):
     words = [*SIZES, *LEARNED, f"env.model={tiny_path}", f"root={tmp_path}"]
     assert "fit the classifier" in stages(words)
     setup = Setup(config.load(words))
-    setup.make_reward(setup.make_policy((2,)))
+    make_reward(setup, setup.make_policy((2,)))
     assert stages(words).keys() == {"load the model", "evaluate", "draw the grids", "update"}
 
 

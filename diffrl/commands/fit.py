@@ -17,6 +17,7 @@ def run(options: argparse.Namespace) -> None:
     from diffrl import config
     from diffrl.build import Setup
     from diffrl.conflicts import is_learned
+    from diffrl.learned import make_reward
     from diffrl.log import console
     from diffrl.restore import describe
     from diffrl.rewards.log_likelihood import LogLikelihood
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
             "Use reward=compressibility."
         )
     setup = Setup(settings)
-    reward = setup.make_reward(setup.make_policy(setup.num_classes()))
+    reward = make_reward(setup, setup.make_policy(setup.num_classes()))
     assert isinstance(reward, LogLikelihood)
     console.print(describe(reward))
     if options.out:
