@@ -145,7 +145,7 @@ class Trajectory:
     latents: Tensor  # x_T, ..., x_0, [T + 1, N, C, H, W], detached
     timesteps: list[int]  # the scheduler's, T of them
     log_prob: Tensor | None  # of each action, nats, [T, N], detached
-    kl: Tensor | None  # to the reference at each step where it was measured, nats, [at most T, N]
+    kl: Tensor | None  # to the reference, nats, times the weight of the step, [steps measured, N]
     log_ratio: Tensor | None  # log p_theta - log p_ref of each action, where the KL is, detached
     reward: Tensor  # [N]
     images: Tensor  # decoded x_0, [N, 3, H, W] in [0, 1], detached
@@ -172,7 +172,7 @@ class Trajectory:
     def result(self) -> "Trajectory":
         """Return the same without what led to x_0, and without pictures: little enough to keep many."""
         x_0, none = self.latents[-1:].clone(), self.images[:, :0].clone()  # a view would keep the whole
-        return replace(self, latents=x_0, images=none, log_prob=None, kl=None)
+        return replace(self, latents=x_0, images=none, log_prob=None, kl=None, log_ratio=None)
 
     @staticmethod
     def cat(parts: Sequence["Trajectory"]) -> "Trajectory":
