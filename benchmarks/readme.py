@@ -121,14 +121,14 @@ def _mean_and_worst(row: dict[str, Any], measure: str) -> tuple[str, str]:
 
 def _with_interval(row: dict[str, Any], measure: str) -> str:
     value, half = row.get(measure), row.get(f"{measure}_ci95")
-    return _short(value) if half is None else f"{_short(value)} ± {_short(half)}"
+    return f"{_short(value)} ± {_short(half)}" if half else _short(value)
 
 
 def _short(value: float | None) -> str:
-    """Return a number as the README writes it: .0157, 1.003, 21.3, 2,012, or a dash."""
+    """Return a number as the README writes it: .0157, 1.003, 21.3, 10, 2,012, 0, or a dash."""
     if value is None:
         return "-"
-    if abs(value) >= 100:
+    if abs(value) >= 100 or (value == round(value) and abs(value) != 1):
         return f"{value:,.0f}"
     if abs(value) >= 10:
         return f"{value:.1f}"
