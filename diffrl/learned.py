@@ -78,7 +78,7 @@ def _fitted(setup: Setup, policy: Policy) -> LogLikelihood:
         return chosen.fit(_drawn(setup, policy), seed, from_pretrained=True)
     console.print(f"dataset: reading {len(setup.dataset)} pictures of {setup.config.dataset}")
     reward = chosen.fit(setup.dataset, seed, from_pretrained=False)
-    _warn_of_unreadable(setup.dataset)
+    warn_of_unreadable(setup.dataset)
     return reward
 
 
@@ -148,8 +148,8 @@ def _digest(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _warn_of_unreadable(dataset: PictureFiles) -> None:
-    """Tell of pictures that could not be read."""
+def warn_of_unreadable(dataset: PictureFiles) -> None:
+    """Tell of the pictures that could not be read so far."""
     if lost := dataset.unreadable:
         console.print(
             f"[yellow]dataset[/]: {len(lost)} of {len(dataset)} pictures cannot be read and are left out, "

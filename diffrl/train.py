@@ -19,6 +19,7 @@ from diffrl.build import Setup
 from diffrl.config import Config, key_of
 from diffrl.conflicts import check_new
 from diffrl.errors import DiffRLError
+from diffrl.learned import warn_of_unreadable
 from diffrl.log import RunLog, console
 from diffrl.restore import (
     CLASSIFIER_FILE,
@@ -154,6 +155,8 @@ def _finish(run: Run, begin: float) -> Path:
         finally:  # a reward that breaks down must not cost what was learnt before it
             if processes.is_first() and run.guards.best is None:
                 weights.save(run.policy, run.folder)
+    if run.setup.dataset is not None:  # the classifier may be from the cache, and nobody told yet
+        warn_of_unreadable(run.setup.dataset)
     minutes = (time.perf_counter() - begin) / 60
     if run.done:
         done = f"done in {minutes:.1f} minutes. Next: diffrl eval {folder}"

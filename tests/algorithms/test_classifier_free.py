@@ -175,6 +175,20 @@ class TestDataset:
         lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
         assert len([line for line in lines if "train/loss" in line]) == 1
 
+    def test_pictures_that_cannot_be_read_are_told_with_a_classifier_from_the_cache_too(
+        self, tiny_path, tmp_path, capsys
+    ):
+        folder = self.folder(tmp_path / "d")
+        words = ["algo=classifier_free", f"env.model={tiny_path}", "env.num_steps=2", f"root={tmp_path}"]
+        words += [f"dataset={folder}", "reward.num_classes=2", "algo.updates=1", "algo.batch_size=96"]
+        words += ["algo.micro_batch_size=32", "algo.epochs=1", "eval_pictures=2"]
+        next(iter(sorted(folder.glob("*.png")))).write_bytes(b"cut")
+        for name in ("one", "two"):
+            assert main(["train", f"name={name}", *words]) == 0
+            said = capsys.readouterr().out
+            assert ("classifier: from the cache" in said) == (name == "two")
+            assert "1 of 24 pictures cannot be read" in " ".join(said.split())
+
 
 class TestGuidance:
     def test_scale_one_is_the_policy_to_the_bit_at_no_extra_call(self):
