@@ -8,17 +8,13 @@ import copy
 import functools
 import json
 import os
-import platform
 import shlex
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +22,12 @@ import torch
 
 from diffrl import __version__, config, disk, settings_file, train
 from diffrl.benchmarks import forks
+from diffrl.benchmarks.provenance import provenance
 from diffrl.benchmarks.suites import Cell, Suite
 from diffrl.benchmarks.summary import first_of, spread, summarise
 from diffrl.conflicts import check, check_new
 from diffrl.errors import DiffRLError
-from diffrl.log import console, progress
+from diffrl.log import console, evaluations, progress
 from diffrl.run import AT_A_TIME
 
 _CELL_FILE = "cell.json"
@@ -270,7 +267,7 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
     record = asdict(cell) | {
         "command": shlex.join(["diffrl", "train", *cell.words]),
         "minutes": (time.perf_counter() - begin) / 60,
-        "points": list(points_of(trained)),
+        "points": list(evaluations(trained)),
         "settings": settings_file.facts(settings),
     }
     with disk.replacing(trained / _CELL_FILE) as draft:
@@ -285,17 +282,6 @@ def _drop_other(folder: Path, settings: config.Config) -> None:
         resumable = False
     if not resumable:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def points_of(trained: Path) -> Iterator[dict[str, Any]]:
-    """Yield what a run's evaluations measured, with what had been spent on training by then."""
-    for line in (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            metrics = json.loads(line)
-        except ValueError:  # cut off: the run was killed as it wrote it, or is writing it now
-            return
-        if any(name.startswith(("eval/", "exact/", "sampled/")) for name in metrics):
-            yield metrics
 
 
 def _record(path: Path) -> Record | None:
@@ -344,21 +330,3 @@ def _merged(records: list[Record], earlier: Sequence[Record]) -> list[Record]:
     """Return `records`, and those of `earlier` that are of none of their cells."""
     cells = {(record["row"], record["seed"]) for record in records}
     return [*records, *(r for r in earlier if (r["row"], r["seed"]) not in cells)]
-
-
-def provenance() -> dict[str, str]:
-    """Return what a number depends on besides its settings: versions, commit, hardware."""
-    home = Path(__file__).resolve().parent
-    git = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = (
-        subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {
-        "version": __version__,
-        "commit": found.stdout.strip() if found and not found.returncode else "not a checkout",
-        "torch": torch.__version__,
-        **{name: version(name) for name in ("diffusers", "transformers", "peft")},
-        "python": sys.version.split()[0],
-        "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
-    }

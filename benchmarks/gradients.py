@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from diffrl.algorithms.pathwise import Pathwise
-from diffrl.benchmarks.compare import provenance
+from diffrl.benchmarks.provenance import provenance
 from diffrl.build import Setup
 from diffrl.config import key_of
 from diffrl.envs.denoising import DenoisingVectorEnv

@@ -15,10 +15,10 @@ from PIL import Image
 
 from diffrl import __version__, disk
 from diffrl.benchmarks.charts import charts
-from diffrl.benchmarks.compare import points_of
 from diffrl.benchmarks.suites import Cell, Suite
 from diffrl.benchmarks.summary import SPENT, as_text, first_of, several, summarise
 from diffrl.errors import DiffRLError
+from diffrl.log import METRICS_FILE, evaluations
 from diffrl.restore import CONFIG_FILE, settings_of
 from diffrl.settings_file import command
 
@@ -57,7 +57,7 @@ def write(sources: list[Path], out: Path) -> Path:
 
 def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path]:
     """Return name, suite, records of its cells, and the folder where their runs may lie."""
-    if source.is_dir() and (source / "metrics.jsonl").is_file():
+    if source.is_dir() and (source / METRICS_FILE).is_file():
         record: dict[str, Any] = {
             "row": source.name,
             "seed": 0,
@@ -65,9 +65,9 @@ def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path]:
             "folder": source.name,
             "minutes": 0.0,
         }
-        record["points"] = list(points_of(source))
+        record["points"] = list(evaluations(source))
         if not record["points"]:
-            raise DiffRLError(f"{source}: no evaluation in its metrics.jsonl yet; let it train on.")
+            raise DiffRLError(f"{source}: no evaluation in its {METRICS_FILE} yet; let it train on.")
         known = set(record["points"][-1])
         columns = {name: m for name, m in _OF_A_RUN.items() if known & set(several(m))}
         return source.name, Suite(rows={source.name: []}, columns=columns, seeds=1), [record], source.parent

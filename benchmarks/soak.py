@@ -18,9 +18,9 @@ from typing import Any
 
 from diffrl import checkpoint, config
 from diffrl.benchmarks import forks
-from diffrl.benchmarks.compare import provenance
+from diffrl.benchmarks.provenance import provenance
 from diffrl.errors import DiffRLError
-from diffrl.log import console, progress
+from diffrl.log import METRICS_FILE, console, progress
 from diffrl.train import train
 from diffrl.weights import CONTROL_FILE, LORA_FILE
 
@@ -81,7 +81,7 @@ def soak(kills: int, words: list[str], root: Path, seed: int) -> dict[str, Any]:
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """Return every metric of a run but the times, which are the machine's."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     timed = {name for line in lines for name in line if name.startswith("time/") or "seconds" in name}
     return [{name: line[name] for name in line.keys() - timed} for line in lines]
 

@@ -24,8 +24,8 @@ from rich import box
 from rich.table import Table
 
 from diffrl import config
-from diffrl.benchmarks.compare import provenance
 from diffrl.benchmarks.cost import OUT_OF_MEMORY
+from diffrl.benchmarks.provenance import provenance
 from diffrl.envs.sd15 import SD15
 from diffrl.errors import DiffRLError, unknown
 from diffrl.log import console, print_wide

@@ -11,12 +11,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from diffrl import __version__, settings_file
 from diffrl import config as settings
 from diffrl.benchmarks.charts import over_training
-from diffrl.benchmarks.compare import points_of
 from diffrl.benchmarks.summary import as_text
 from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.envs.emoji import Emoji
 from diffrl.evaluate import picture_grid
+from diffrl.log import evaluations
 from diffrl.plot import picture, training
 from diffrl.policy import Policy
 from diffrl.restore import measure
@@ -142,7 +142,7 @@ def _example(reward: Reward) -> str:
 
 def _draw_curves(run: Path, path: Path) -> bool:
     """Draw what the run's evaluations measured, if there were two of them, and return whether."""
-    points = list(points_of(run)) if (run / "metrics.jsonl").is_file() else []
+    points = list(evaluations(run))
     panels = over_training(points, _CURVES) if points else {}
     if panels:
         picture(training, panels, "pictures drawn", len(panels)).save(path)

@@ -28,6 +28,7 @@ from typing_extensions import Self
 from diffrl import processes
 from diffrl.types import to_pixels
 
+METRICS_FILE = "metrics.jsonl"
 console = Console(highlight=False)
 
 _WIDEST = 1000  # characters
@@ -37,6 +38,18 @@ def print_wide(table: Table) -> None:
     """Print a table whole, however narrow the terminal: its lines may wrap, its cells are not cut."""
     whole = Console(width=_WIDEST).measure(table).maximum
     Console(width=max(console.width, whole)).print(table)
+
+
+def evaluations(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield what a run's evaluations measured so far, with what had been spent on training by then."""
+    path = folder / METRICS_FILE
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # cut off: the run was killed as it wrote it, or is writing it now
+            return
+        if any(name.startswith(("eval/", "exact/", "sampled/")) for name in metrics):
+            yield metrics
 
 
 class RunLog:
@@ -52,7 +65,7 @@ class RunLog:
         self.folder, self._writes = folder, processes.is_first()
         if not self._writes:  # of several processes, one does
             return
-        self._metrics = (folder / "metrics.jsonl").open("a+b")
+        self._metrics = (folder / METRICS_FILE).open("a+b")
         if (found := self.size()) < size:
             self._metrics.seek(0)
             size = self._metrics.read().rfind(b"\n") + 1  # its whole lines

@@ -18,7 +18,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from diffrl.benchmarks.compare import provenance
+from diffrl.benchmarks.provenance import provenance
 from diffrl.envs.emoji import ASSET
 from diffrl.envs.prompts import load_prompts
 from diffrl.log import print_wide
