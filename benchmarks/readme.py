@@ -6,7 +6,6 @@ A table lies between `<!-- table: NAME -->` and `<!-- end -->`; whatever is betw
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,103 +15,92 @@ _ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def tables(results: Path) -> dict[str, Callable[[], str]]:
-    """Return what writes each table, by name."""
+def written(text: str, results: Path) -> str:
+    """Return a README with every table written anew."""
+    known = {
+        "emoji": _emoji,
+        "exact": _exact,
+        "families": lambda results: _suite(results / "emoji.json", *SPENT),
+        "compressibility": lambda results: _suite(results / "compressibility.json", "pictures drawn"),
+    }
+    return _BLOCK.sub(lambda block: block[1] + known[block[2]](results) + "\n" + block[3], text)
 
-    def read(name: str) -> Any:
-        return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
 
-    def emoji() -> str:
-        files = [*sorted(results.glob("emoji-ctrl-seed*.json")), results / "emoji-full.json"]
-        rows = []
-        for path in files:
-            found = read(path.stem)
-            worst = min(found["per_class"])
-            values = (found["accuracy"], found["macro_f1"], worst, found["prompt_fidelity"])
-            rows.append(
-                [
-                    f"`{found['command'].split(';')[0]}`",
-                    *(_short(v) for v in values),
-                    f"{found['kl_nats']:,.0f}",
-                ]
-            )
-        heading = [
-            "command",
-            "accuracy",
-            "macro F1",
-            "worst class",
-            "prompt fidelity (before: .950)",
-            "KL, nats",
-        ]
-        return _markdown(heading, rows)
+def _emoji(results: Path) -> str:
+    heading = [
+        "command",
+        "accuracy",
+        "macro F1",
+        "worst class",
+        "prompt fidelity (before: .950)",
+        "KL, nats",
+    ]
+    rows = []
+    for path in [*sorted(results.glob("emoji-ctrl-seed*.json")), results / "emoji-full.json"]:
+        found = _read(path)
+        values = (found["accuracy"], found["macro_f1"], min(found["per_class"]), found["prompt_fidelity"])
+        command, kl = found["command"].split(";")[0], f"{found['kl_nats']:,.0f}"
+        rows.append([f"`{command}`", *map(_short, values), kl])
+    return _markdown(heading, rows)
 
-    def exact() -> str:
-        rows = []
-        for row in read("exact")["rows"]:
-            log_prob, target = (
-                row.get(first_of([f"exact/{name}", f"sampled/{name}"], row))
-                for name in ("log_prob", "target_log_prob")
-            )
-            width = row.get(first_of(["exact/width", "sampled/width"], row))
-            cells = [
+
+def _exact(results: Path) -> str:
+    heading = [
+        "",
+        "gap, nats",
+        "worst",
+        "to the best Gaussian",
+        "worst",
+        "total variation",
+        "worst",
+        "E log p (target)",
+        "width",
+        "Zhat / Z",
+        "s a cell",
+    ]
+    rows = []
+    for row in _read(results / "exact.json")["rows"]:
+        log_prob, target, width = (
+            row.get(first_of([f"exact/{name}", f"sampled/{name}"], row))
+            for name in ("log_prob", "target_log_prob", "width")
+        )
+        rows.append(
+            [
                 row["method"],
                 *_mean_and_worst(row, "exact/gap_nats"),
                 *_mean_and_worst(row, "exact/gap_gaussian_nats"),
                 *_mean_and_worst(row, "exact/tv"),
-            ]
-            cells += [
                 f"{_short(log_prob)} ({_short(target)})",
                 _short(width),
                 _short(row.get("sampled/z_ratio")),
+                f"{60 * row['minutes']:.0f}",
             ]
-            rows.append([*cells, f"{60 * row['minutes']:.0f}"])
-        heading = [
-            "",
-            "gap, nats",
-            "worst",
-            "to the best Gaussian",
-            "worst",
-            "total variation",
-            "worst",
-            "E log p (target)",
-            "width",
-            "Zhat / Z",
-            "s a cell",
-        ]
-        return _markdown(heading, rows)
+        )
+    return _markdown(heading, rows)
 
-    def suite(name: str, *spent: str) -> str:
-        """Return a suite's columns in which any row has a number, then what its cells have `spent`.
 
-        Each class's own are left to the report.
-        """
-        result = read(name)
-        measures, rows = result["settings"]["columns"], result["rows"]
-        shown = {
-            title: measure
-            for title, measure in measures.items()
-            if "/per_class/" not in measure
-            and any(row.get(first_of(measure, row)) is not None for row in rows)
-        }
-        lines = []
-        for row in rows:
-            cells = [_with_interval(row, first_of(measure, row)) for measure in shown.values()]
-            cells += [f"{row[f'spent/{SPENT[title]}']:,.0f}" for title in spent]
-            lines.append([row["method"], str(row["n_seeds"]), *cells])
-        return _markdown(["", "seeds", *shown, *spent], lines)
+def _suite(path: Path, *spent: str) -> str:
+    """Return a suite's columns in which any row has a number, then what its cells have `spent`.
 
-    return {
-        "emoji": emoji,
-        "exact": exact,
-        "families": lambda: suite("emoji", *SPENT),
-        "compressibility": lambda: suite("compressibility", "pictures drawn"),
+    Each class's own are left to the report.
+    """
+    result = _read(path)
+    rows = result["rows"]
+    shown = {
+        title: measure
+        for title, measure in result["settings"]["columns"].items()
+        if "/per_class/" not in measure and any(row.get(first_of(measure, row)) is not None for row in rows)
     }
+    lines = []
+    for row in rows:
+        cells = [_with_interval(row, first_of(measure, row)) for measure in shown.values()]
+        cells += [f"{row[f'spent/{SPENT[title]}']:,.0f}" for title in spent]
+        lines.append([row["method"], str(row["n_seeds"]), *cells])
+    return _markdown(["", "seeds", *shown, *spent], lines)
 
 
-def written(text: str, results: Path) -> str:
-    """Return a README with every table written anew."""
-    known = tables(results)
-    return _BLOCK.sub(lambda block: block[1] + known[block[2]]() + "\n" + block[3], text)
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _mean_and_worst(row: dict[str, Any], measure: str) -> tuple[str, str]:
