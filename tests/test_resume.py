@@ -116,7 +116,11 @@ def test_a_second_ctrl_c_ends_it_in_the_midst_of_the_update(words, tmp_path, mon
         raise AssertionError("it goes on")
 
     monkeypatch.setattr(Algorithm, "step", step)
-    assert main(words("ctrl", tmp_path)) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        assert main(words("ctrl", tmp_path)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capfd.readouterr().err.count("a second one ends it at once") == 1
     assert numbers(tmp_path / "run")[-1]["update"] == 0
 
