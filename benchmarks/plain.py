@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffrl.algorithms.ctrl import CTRL
 from diffrl.envs.denoising import DenoisingVectorEnv
-from diffrl.policy import Policy, without_label
+from diffrl.policy import Policy, without_label, without_prompt
 from diffrl.types import Observation
 
 
@@ -70,16 +70,15 @@ class PlainLoop:
     def _guided(self, network: Policy, obs: Observation) -> Tensor:
         """Return eps_u + w (eps_c - eps_u), each half a network call of its own."""
 
-        def call(embeds: Tensor, label: Tensor) -> Tensor:
-            self.policy.num_calls += len(label)
-            inputs = (obs["latents"], obs["timestep"], embeds, label)
+        def call(obs: Observation) -> Tensor:
+            self.policy.num_calls += len(obs["label"])
+            inputs = (obs["latents"], obs["timestep"], obs["prompt_embeds"], obs["label"])
             return checkpoint(network._eps, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-        conditional = call(obs["prompt_embeds"], obs["label"])
+        conditional = call(obs)
         if network.guidance_scale == 1.0:
             return conditional
-        null_embeds = network.null_embeds.expand_as(obs["prompt_embeds"])
-        unconditional = call(null_embeds, without_label(obs)["label"])
+        unconditional = call(without_prompt(without_label(obs), network.null_embeds))
         return unconditional + network.guidance_scale * (conditional - unconditional)
 
     def _decode(self, latents: Tensor) -> Tensor:

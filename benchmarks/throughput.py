@@ -76,21 +76,25 @@ def settings(cell: Cell, words: Sequence[str] = ()) -> list[str]:
         DiffRLError: a word that the benchmark sets itself.
     """
     for word in words:
-        if _key(word) in _OWN:
+        if config.key_of(word) in _OWN:
             raise DiffRLError(
-                f"{word}: the benchmark sets {_key(word)} itself; see --help for its options."
+                f"{word}: the benchmark sets {config.key_of(word)} itself; see --help for its options."
             )
-        if _key(word) == "env" and not issubclass(config.GROUPS["env"].get(word[4:], SD15), SD15):
+        if config.key_of(word) == "env" and not issubclass(config.GROUPS["env"].get(word[4:], SD15), SD15):
             raise DiffRLError(f"{word}: no network whose speed is of interest. Use env=emoji or env=sd15.")
     chosen = _algorithm(words)
     own = cell.row == chosen or cell.row.removeprefix("plain ").startswith(f"{chosen},")
     batch = [f"algo.{name}={cell.micro_batch}" for name in ("batch_size", "micro_batch_size")]
     row = [word.format(steps=cell.steps) for word in ROWS[cell.row]]
-    asked = [word for word in words if _key(word) != "algo" and (own or not _key(word).startswith("algo."))]
+    asked = [
+        word
+        for word in words
+        if config.key_of(word) != "algo" and (own or not config.key_of(word).startswith("algo."))
+    ]
     if cell.row.endswith("fp32"):
-        asked = [word for word in asked if _key(word) != "env.precision"]
+        asked = [word for word in asked if config.key_of(word) != "env.precision"]
     before = ["env=emoji", "env.checkpointing=true", f"env.num_steps={cell.steps}", *batch]
-    words = list({_key(word): word for word in (*before, *row, *asked)}.values())
+    words = list({config.key_of(word): word for word in (*before, *row, *asked)}.values())
     return words[::-1]  # a mistake is told by the first word it could be about
 
 
@@ -238,11 +242,7 @@ def plan(options: argparse.Namespace) -> dict[str, list[Cell]]:
 
 
 def _algorithm(words: Sequence[str]) -> str:
-    return next((word.partition("=")[2] for word in words if _key(word) == "algo"), "ctrl")
-
-
-def _key(word: str) -> str:
-    return word.lstrip("+").partition("=")[0]
+    return next((word.partition("=")[2] for word in words if config.key_of(word) == "algo"), "ctrl")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

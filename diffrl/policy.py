@@ -188,8 +188,7 @@ class Policy(nn.Module):
 
     def unconditional(self, obs: Observation) -> Tensor:
         """Return the noise prediction `[N, C, H, W]` for the empty prompt, with no label."""
-        embeds = self.null_embeds.expand_as(obs["prompt_embeds"])
-        return self.eps({**without_label(obs), "prompt_embeds": embeds})
+        return self.eps(without_prompt(without_label(obs), self.null_embeds))
 
     @property
     def calls_per_step(self) -> int:
@@ -252,3 +251,8 @@ class Pretrained:
 def without_label(obs: Observation) -> Observation:
     """Return `obs` with no label: what the pretrained model sees."""
     return {**obs, "label": torch.full_like(obs["label"], NO_LABEL)}
+
+
+def without_prompt(obs: Observation, null_embeds: Tensor) -> Observation:
+    """Return `obs` with the empty prompt, of embedding `null_embeds` `[1, L, E]`."""
+    return {**obs, "prompt_embeds": null_embeds.expand_as(obs["prompt_embeds"])}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffrl.algorithms.guidance.base import Guidance, check_strength
 from diffrl.errors import DiffRLError
-from diffrl.policy import without_label
+from diffrl.policy import without_label, without_prompt
 from diffrl.types import ActorStep, Observation, draw
 
 
@@ -57,6 +57,5 @@ class ClassifierFreeGuidance(Guidance):
         eps, scale = self.policy.eps(obs), self.policy.guidance_scale
         if scale == 1.0:
             return eps
-        null_embeds = self.policy.null_embeds.expand_as(obs["prompt_embeds"])
-        without = self.policy.eps({**obs, "prompt_embeds": null_embeds})
+        without = self.policy.eps(without_prompt(obs, self.policy.null_embeds))
         return without + scale * (eps - without)
