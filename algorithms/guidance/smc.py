@@ -143,7 +143,9 @@ class SMC(Guidance):
         poor = effective < self.ess_threshold * self.num_particles
         poor &= (weights != weights[:, :1]).any(1)  # equal weights leave nothing to choose
         kept = torch.arange(self.num_particles, device=weights.device).expand_as(weights)
-        if poor.any():
+        # drawn for every population, or one's label would decide what numbers the others see; where weights
+        # are always equal, none are, as in the plain sampler
+        if self.gamma and self.num_particles > 1:
             kept = torch.where(poor[:, None], self._draw(weights, generator), kept)
             gained = self.log_weights.logsumexp(1) - math.log(self.num_particles)
             self.log_z = self.log_z + torch.where(poor, gained, 0.0)

@@ -131,6 +131,7 @@ EACH_ALONE = pytest.mark.parametrize(
         MPGD(step="normalised"),
         SVDD(4, selection="argmax"),
         SMC(4, ess_threshold=1.0, twisted=True),
+        SMC(4),  # its populations resample at different steps
     ],
     ids=repr,
 )
