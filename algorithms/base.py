@@ -151,6 +151,17 @@ def batches(items: Tensor, size: int) -> Iterator[Tensor]:
         yield items[start : start + size]
 
 
+def dealt(items: Tensor, number: int) -> list[Tensor]:
+    """Return `items` dealt at random into `number` minibatches, each with one of every `number` neighbours.
+
+    So the interval of them that a process holds is shared out evenly as well: in each minibatch every
+    process has as much to do as the others, and what is drawn does not depend on how many they are.
+    """
+    rounds = -(-len(items) // number)
+    hands = torch.rand(rounds, number).argsort(1) + number * torch.arange(rounds)[:, None]
+    return [items[hand[hand < len(items)]] for hand in hands.unbind(1)]
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise DiffRLError unless `value` is one of `allowed`."""
     if value not in allowed:

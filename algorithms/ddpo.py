@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from diffrl import processes
 from diffrl.algorithms.advantages import SMALLEST_STD, GroupStatistics, groups_of, standardise
-from diffrl.algorithms.base import Algorithm, batches, check_choice, over_steps
+from diffrl.algorithms.base import Algorithm, batches, check_choice, dealt, over_steps
 from diffrl.algorithms.kl_budget import KLBudget
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
@@ -108,7 +108,7 @@ class DDPO(Algorithm):
         total: dict[str, Tensor] = {}  # added up where they are: a look at a number waits for the device
         steps: list[dict[str, float]] = []
         for _ in range(self.inner_epochs):
-            for samples in torch.randperm(len(rewards)).chunk(self.minibatches):
+            for samples in dealt(torch.arange(len(rewards)), self.minibatches):
                 # each picture's steps in an order of its own, and of these the first so many
                 order = torch.rand(len(samples), num_steps).argsort(1)[:, :trained_steps]
                 pairs = torch.stack([samples[:, None].expand_as(order) - ours.start, order], -1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from diffrl import processes
-from diffrl.algorithms.base import Algorithm, batches, over_steps
+from diffrl.algorithms.base import Algorithm, batches, dealt, over_steps
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy
 from diffrl.types import Observation, Trajectory
@@ -22,7 +22,7 @@ class DenoisingFit(Algorithm):
     """An algorithm whose update is a round: pictures, fitted `epochs` times by the denoising loss."""
 
     epochs: int = 5  # over the pictures of a round
-    fit_batch_size: int = 16  # pictures an optimiser step
+    fit_batch_size: int = 16  # pictures an optimiser step, at most
 
     needs_gradient: ClassVar[bool] = False
     needs_noise: ClassVar[bool] = False
@@ -49,7 +49,7 @@ class DenoisingFit(Algorithm):
         # added up where it is: a look at a number waits for the device
         total, steps = torch.zeros((), device=x_0.device), []
         for _ in range(self.epochs):
-            for samples in kept[torch.randperm(len(kept))].split(self.fit_batch_size):
+            for samples in dealt(kept, -(-len(kept) // self.fit_batch_size)):
                 drawn = self.draw(policy, len(samples), x_0.shape[1:])
                 for part in batches(processes.among(samples, ours), self.micro_batch_size):
                     own = (samples[part] - ours.start).to(x_0.device)
