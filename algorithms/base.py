@@ -136,6 +136,17 @@ class Algorithm(ABC):
         return found
 
 
+def anneal(optimizer: Optimizer, share: float) -> None:
+    """Set the learning rates to where they are after a share of an update, on a line to the next one's.
+
+    For an update of many steps: in one alone, a data set's, they would never fall.
+    """
+    for group in optimizer.param_groups:
+        if "rates" in group:  # this update's and the next one's, of `Run`
+            this, following = group["rates"]
+            group["lr"] = this + share * (following - this)
+
+
 def over_steps(seen: Iterable[dict[str, float]]) -> dict[str, float]:
     """Return what `Algorithm.step` says of an update's steps: the last norms, and how many were skipped."""
     merged: dict[str, float] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from diffrl import processes
-from diffrl.algorithms.base import Algorithm, batches, dealt, over_steps
+from diffrl.algorithms.base import Algorithm, anneal, batches, dealt, over_steps
 from diffrl.errors import DiffRLError
 from diffrl.policy import Policy
 from diffrl.types import Observation, Trajectory
@@ -48,8 +48,10 @@ class DenoisingFit(Algorithm):
         ours, x_0, context = processes.place(len(batch.context)), batch.latents[-1], batch.context
         # added up where it is: a look at a number waits for the device
         total, steps = torch.zeros((), device=x_0.device), []
-        for _ in range(self.epochs):
-            for samples in dealt(kept, -(-len(kept) // self.fit_batch_size)):
+        num_steps = -(-len(kept) // self.fit_batch_size)  # an epoch
+        for epoch in range(self.epochs):
+            for number, samples in enumerate(dealt(kept, num_steps)):
+                anneal(optimizer, (epoch + number / num_steps) / self.epochs)
                 drawn = self.draw(policy, len(samples), x_0.shape[1:])
                 for part in batches(processes.among(samples, ours), self.micro_batch_size):
                     own = (samples[part] - ours.start).to(x_0.device)

@@ -120,6 +120,7 @@ class Run:
         algo, rate = self.config.algo, self.config.algo.rate(self.update)
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = base * rate
+            group["rates"] = base * rate, base * algo.rate(self.update + 1)
         torch.manual_seed(self.setup.seed(_SHUFFLES, self.update))  # the same in every process
         begin, calls = time.perf_counter(), self.policy.num_calls
         hits: list[Tensor] = []

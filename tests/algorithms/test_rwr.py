@@ -7,6 +7,7 @@ from toy import Recorder, ToyEnv, ToyPolicy
 
 from diffrl.algorithms.advantages import groups_of
 from diffrl.algorithms.rwr import RWR
+from diffrl.cli import main
 from diffrl.errors import DiffRLError
 
 
@@ -68,6 +69,18 @@ def test_the_gradient_is_that_of_the_weighted_denoising_error(train_guidance, sc
     noise = torch.randn(6, 1, 1, 1).double().flatten()
     by_hand = float((2 * scale * weight * (scale * policy.theta.detach() - noise)).mean())
     assert_close(recorder.gradients[0][0], by_hand, atol=1e-6)
+
+
+def test_the_rate_falls_within_a_round_to_where_the_next_one_begins(tmp_path, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: seen.append(self.param_groups[0]["lr"]) or step(self)
+    )
+    words = ["algo=rwr", "env=gaussian_mixture", "env.num_steps=2", "algo.learning_rate=0.8"]
+    words += ["algo.updates=2", "algo.batch_size=6", "algo.micro_batch_size=6", "algo.fit_batch_size=3"]
+    assert main(["train", *words, "algo.epochs=2", f"root={tmp_path}"]) == 0
+    assert_close(torch.tensor(seen), torch.tensor([0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]), atol=1e-6)
 
 
 def test_pictures_come_from_the_pretrained_model_if_asked():

@@ -116,7 +116,7 @@ class Recorder:
     """Stands in for the optimiser: keeps the gradient of every step, and moves nothing."""
 
     def __init__(self, policy):
-        self.policy, self.gradients = policy, []
+        self.policy, self.gradients, self.param_groups = policy, [], []
 
     def step(self):
         self.gradients.append(self.policy.theta.grad.clone())
