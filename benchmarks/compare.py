@@ -24,7 +24,7 @@ from diffrl import __version__, config, disk, settings_file, train
 from diffrl.benchmarks import forks
 from diffrl.benchmarks.provenance import provenance
 from diffrl.benchmarks.suites import Cell, Suite
-from diffrl.benchmarks.summary import first_of, spread, summarise
+from diffrl.benchmarks.summary import first_of, several, spread, summarise
 from diffrl.conflicts import check, check_new
 from diffrl.errors import DiffRLError
 from diffrl.log import console, evaluations, progress
@@ -122,16 +122,23 @@ def _best(row: str, suite: Suite, trials: list[Record]) -> str | None:
     }
     scores = {word: _score(trial, suite.tune_by) for word, trial in finished.items()}
     alike = [word for word in scores if scores[word] >= max(scores.values()) - suite.tune_margin]
-    then = {word: _score(finished[word], suite.tune_then or suite.tune_by) for word in alike}
+    # such as CLIPScore without a CLIP: then all that are alike are as good
+    then = {word: _number(finished[word], suite.tune_then) or 0.0 for word in alike}
     return max(alike, key=lambda word: (then[word], scores[word]), default=None)
 
 
-def _score(trial: Record, measures: str | list[str]) -> float:
-    measure = first_of(measures, trial["points"][-1])
-    score = trial["points"][-1].get(measure)
-    if not isinstance(score, int | float):
-        raise DiffRLError(f"tune: {measure}: {score} in the trial {trial['row']!r}, no number.")
+def _score(trial: Record, measure: str) -> float:
+    score = _number(trial, measure)
+    if score is None:
+        said = trial["points"][-1].get(measure)
+        raise DiffRLError(f"tune: {measure}: {said} in the trial {trial['row']!r}, no number.")
     return score
+
+
+def _number(trial: Record, measures: str | list[str]) -> float | None:
+    """Return what a trial measured in the end, of several the first that is a number."""
+    found = (trial["points"][-1].get(measure) for measure in several(measures))
+    return next((value for value in found if isinstance(value, int | float)), None)
 
 
 def verify(suite: Suite, folder: Path, records: list[Record], choice: int) -> list[str]:

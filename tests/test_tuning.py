@@ -125,6 +125,13 @@ def test_of_values_that_are_alike_the_second_measure_chooses(margin, best):
     assert compare._best("a", suite, trials) == "algo.gamma=3"  # of those that are alike there too
 
 
+def test_where_the_second_measure_is_not_to_be_had_the_first_one_chooses_alone():
+    """Such as on Stable Diffusion, which has no judge, without a CLIP."""
+    suite = three(tune_by="m", tune_margin=0.1, tune_then=["absent", "f"])
+    trials = [trial(gamma, m=gamma / 32, f="not available: clip=PATH") for gamma in (1, 2, 3)]
+    assert compare._best("a", suite, trials) == "algo.gamma=3"
+
+
 def test_a_row_whose_trials_all_fail_is_a_failure_and_the_others_finish(tmp_path, monkeypatch, capsys):
     path = write(
         tmp_path,
