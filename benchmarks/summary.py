@@ -18,10 +18,10 @@ _LEVEL = 0.95
 def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one record a row: of every measure of the last evaluation the mean over seeds.
 
-    `<measure>_ci95` is half the width of Student's 95% interval of that mean, `<measure>_max` the largest
-    of the seeds. With one seed it is null, but for accuracy and each class's own: there it is that of the
-    pictures, by bootstrap. Of seconds it is the fewest; see `over_seeds`. A list's numbers are
-    `<measure>/0` and so on.
+    `<measure>_ci95` is half the width of Student's 95% interval of that mean, null with one seed;
+    `<measure>_max` is the largest of the seeds. Of accuracy, and each class's own, it is no less than that
+    of all seeds' pictures, by bootstrap: two seeds that agree by chance are no certainty. Of seconds it is
+    the fewest; see `over_seeds`. A list's numbers are `<measure>/0` and so on.
     """
     rows = []
     for row in dict.fromkeys(record["row"] for record in records):
@@ -35,18 +35,25 @@ def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
         }
         if finished:
             summary |= {"minutes": statistics.mean(record["minutes"] for record in finished)}
-            for name, values in _columns([record["points"][-1] for record in finished]).items():
+            last = [record["points"][-1] for record in finished]
+            of_pictures = _of_pictures([p["eval/confusion"] for p in last if "eval/confusion" in p])
+            for name, values in _columns(last).items():
                 mean, half = over_seeds(name, values)
+                if name in of_pictures:
+                    half = max(half or 0.0, of_pictures[name])
                 summary |= {name: mean, f"{name}_ci95": half, f"{name}_max": max(values)}
-            if len(finished) == 1:
-                summary |= _of_pictures(finished[0]["points"][-1].get("eval/confusion"))
         rows.append(summary)
     return rows
 
 
-def bare(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row as others read it: an evaluation's measures by their bare names."""
-    return {name.removeprefix("eval/"): value for name, value in row.items()}
+def bare(row: dict[str, Any], suite: Suite) -> dict[str, Any]:
+    """Return a row as others read it: an evaluation's measures by their bare names.
+
+    A column's measure that the row does not have is null.
+    """
+    shown = (first_of(measures, row) for measures in suite.columns.values())
+    empty = {name: None for measure in shown for name in (measure, f"{measure}_ci95")}
+    return {name.removeprefix("eval/"): value for name, value in (row | empty | row).items()}
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
@@ -81,16 +88,14 @@ def spread(point: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_pictures(confusion: list[list[int]] | None) -> dict[str, float]:
-    """Return the intervals of one evaluation's accuracies, from its counts (asked, true)."""
-    shares = {
-        f"eval/per_class/{y}": np.arange(sum(row)) < row[y]
-        for y, row in enumerate(confusion or [])
-        if any(row)
-    }
-    if shares:
-        shares["eval/accuracy"] = np.concatenate(list(shares.values()))
-    return {f"{name}_ci95": _bootstrap(hits) for name, hits in shares.items()}
+def _of_pictures(confusions: list[list[list[int]]]) -> dict[str, float]:
+    """Return the intervals of some evaluations' accuracies, from their counts (asked, true)."""
+    if not confusions:
+        return {}
+    counts = np.sum(confusions, 0)
+    shares = {f"eval/per_class/{y}": np.arange(row.sum()) < row[y] for y, row in enumerate(counts)}
+    shares["eval/accuracy"] = np.concatenate(list(shares.values()))
+    return {name: _bootstrap(hits) for name, hits in shares.items() if len(hits) > 1}
 
 
 def _bootstrap(hits: np.ndarray) -> float:

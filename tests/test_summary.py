@@ -37,6 +37,30 @@ def test_one_seed_has_the_interval_of_its_pictures_and_each_class_is_a_measure()
     assert row["eval/per_class/1_ci95"] == 0
 
 
+def test_seeds_that_agree_by_chance_have_the_interval_of_their_pictures():
+    def cell(seed, *hits):
+        point = {
+            "eval/accuracy": sum(hits) / 200,
+            "eval/macro_f1": 0.5,
+            "eval/per_class": [hit / 100 for hit in hits],
+            "eval/confusion": [[hits[0], 100 - hits[0]], [100 - hits[1], hits[1]]],
+        }
+        return {"row": "a", "seed": seed, "minutes": 1.0, "points": [point]}
+
+    (row,) = summary.summarise("s", [cell(0, 50, 70), cell(1, 70, 50)])
+    # 1.96 sqrt(p (1 - p) / n), of 400 pictures
+    assert_close(row["eval/accuracy_ci95"], 1.96 * math.sqrt(0.6 * 0.4 / 400), atol=0.004)
+    assert_close(row["eval/per_class/0_ci95"], 12.7062 * 0.1, atol=1e-3)  # Student's is the wider
+    assert row["eval/macro_f1_ci95"] == 0  # no sum over pictures
+
+
+def test_a_class_of_one_picture_has_a_share_and_no_interval():
+    point = {"eval/accuracy": 0.5, "eval/per_class": [1.0, 0.0], "eval/confusion": [[1, 0], [1, 0]]}
+    (row,) = summary.summarise("s", [{"row": "a", "seed": 0, "minutes": 1.0, "points": [point]}])
+    assert (row["eval/per_class/0"], row["eval/per_class/0_ci95"]) == (1.0, None)
+    assert row["eval/accuracy_ci95"] == 0.5  # of two pictures: 0, .5 or 1
+
+
 def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them():
     def cell(seed, reward, *seconds):
         points = [{"reward": reward, "spent/seconds": s, "spent/pictures": 8.0 * s} for s in seconds]
@@ -132,8 +156,11 @@ def test_accuracy_against_its_price_has_a_point_for_each_row_that_pays_it(tmp_pa
 
 def test_a_record_has_the_bare_names_of_an_evaluation():
     row = {"suite": "s", "n_seeds": 3, "eval/accuracy": 0.5, "eval/accuracy_ci95": 0.1, "exact/tv": 0.2}
-    names = ["suite", "n_seeds", "accuracy", "accuracy_ci95", "exact/tv"]
-    assert list(summary.bare(row)) == names
+    suite = suites.Suite(rows={"a": []}, columns={"a": "eval/accuracy", "KL": ["eval/kl_nats", "x"]})
+    names = ["suite", "n_seeds", "accuracy", "accuracy_ci95", "exact/tv", "kl_nats", "kl_nats_ci95"]
+    record = summary.bare(row, suite)
+    assert list(record) == names
+    assert (record["accuracy"], record["kl_nats"], record["kl_nats_ci95"]) == (0.5, None, None)
 
 
 def test_numbers_have_the_digits_that_their_size_deserves():

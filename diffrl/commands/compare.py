@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     rows = result.finish(name, suite, records, trials, out)
     if options.json:
         for row in rows:
-            print(json.dumps(summary.bare(row)))
+            print(json.dumps(summary.bare(row, suite)))
     else:
         print_wide(summary.table(suite, rows))
         console.print(f"{out}/{name}.json has every number")
