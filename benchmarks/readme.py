@@ -21,9 +21,14 @@ def written(text: str, results: Path) -> str:
         "emoji": _emoji,
         "exact": _exact,
         "families": lambda results: _suite(results / "emoji.json", *SPENT),
-        "compressibility": lambda results: _suite(results / "compressibility.json", "pictures drawn"),
     }
-    return _BLOCK.sub(lambda block: block[1] + known[block[2]](results) + "\n" + block[3], text)
+
+    def table(name: str) -> str:
+        if name in known:
+            return known[name](results)
+        return _suite(results / f"{name}.json", "pictures drawn")
+
+    return _BLOCK.sub(lambda block: f"{block[1]}{table(block[2])}\n{block[3]}", text)
 
 
 def _emoji(results: Path) -> str:
@@ -94,7 +99,7 @@ def _suite(path: Path, *spent: str) -> str:
     lines = []
     for row in rows:
         cells = [_with_interval(row, first_of(measure, row)) for measure in shown.values()]
-        cells += [f"{row[f'spent/{SPENT[title]}']:,.0f}" for title in spent]
+        cells += [_short(row.get(f"spent/{SPENT[title]}")) for title in spent]
         lines.append([row["method"], str(row["n_seeds"]), *cells])
     return _markdown(["", "seeds", *shown, *spent], lines)
 

@@ -1,6 +1,7 @@
 """One HTML file of suites and runs: tables, curves, confusion, pictures, commands; nothing from outside.
 
-A suite is read from the JSON that `diffrl compare` writes, a run from its folder: a suite of one row.
+A suite is read from the JSON that `diffrl compare` writes, a run from its folder; all runs of a page are
+the rows of one table.
 """
 
 import base64
@@ -45,7 +46,9 @@ def write(sources: list[Path], out: Path) -> Path:
     Raises:
         DiffRLError: a source that is neither, or half written.
     """
-    sections = [_section(*_read(source)) for source in sources]
+    runs = [source for source in sources if _is_run(source)]
+    suites = [_section(*_read(source)) for source in sources if source not in runs]
+    sections = suites + ([_section(*_of_runs(runs))] if runs else [])
     page = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
     names = ", ".join(section["name"] for section in sections)
     html = page.render(title=f"diffrl: {names}", origin=f"diffrl {__version__}", suites=sections)
@@ -55,22 +58,37 @@ def write(sources: list[Path], out: Path) -> Path:
     return out
 
 
+def _is_run(source: Path) -> bool:
+    return source.is_dir() and (source / METRICS_FILE).is_file()
+
+
+def _of_runs(runs: list[Path]) -> tuple[str, Suite, list[dict[str, Any]], Path]:
+    """Return what `_read` does, of runs: a row each, by its name, or if two are called alike its path."""
+    names = [run.resolve().name for run in runs]
+    records: list[dict[str, Any]] = []
+    for run, name in zip(runs, names, strict=True):
+        record: dict[str, Any] = {
+            "row": name if names.count(name) == 1 else str(run),
+            "seed": 0,
+            "command": command(settings_of(run)) if (run / CONFIG_FILE).is_file() else "",
+            "folder": str(run.resolve()),
+            "minutes": 0.0,
+            "points": list(evaluations(run)),
+        }
+        if not record["points"]:
+            raise DiffRLError(f"{run}: no evaluation in its {METRICS_FILE} yet; let it train on.")
+        records.append(record)
+    known = [set(record["points"][-1]) for record in records]
+    columns = {name: m for name, m in _OF_A_RUN.items() if any(each & set(several(m)) for each in known)}
+    # one line a run, of the control if all have one
+    judged = next((name for name in ("accuracy", "reward") if name in columns), None)
+    curve: dict[str, Any] = {judged: columns[judged]} if judged and len(runs) > 1 else {}
+    suite = Suite(rows={r["row"]: [] for r in records}, columns=columns, seeds=1, curve=curve)
+    return names[0] if len(runs) == 1 else "runs", suite, records, runs[0].parent
+
+
 def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path]:
     """Return name, suite, records of its cells, and the folder where their runs may lie."""
-    if source.is_dir() and (source / METRICS_FILE).is_file():
-        record: dict[str, Any] = {
-            "row": source.name,
-            "seed": 0,
-            "command": command(settings_of(source)) if (source / CONFIG_FILE).is_file() else "",
-            "folder": source.name,
-            "minutes": 0.0,
-        }
-        record["points"] = list(evaluations(source))
-        if not record["points"]:
-            raise DiffRLError(f"{source}: no evaluation in its {METRICS_FILE} yet; let it train on.")
-        known = set(record["points"][-1])
-        columns = {name: m for name, m in _OF_A_RUN.items() if known & set(several(m))}
-        return source.name, Suite(rows={source.name: []}, columns=columns, seeds=1), [record], source.parent
     path = source / f"{source.name}.json" if source.is_dir() else source
     if not path.is_file():
         raise DiffRLError(
@@ -110,7 +128,7 @@ def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Pat
             for chart in charts(suite, records, rows)
         ],
         "confusions": [
-            {"name": method, "rows": _shares(record["points"][-1]["eval/confusion"])}
+            _confusion(method, record["points"][-1])
             for method, record in first.items()
             if record and "eval/confusion" in record["points"][-1]
         ],
@@ -154,8 +172,12 @@ def _cell(row: dict[str, Any], measures: str | list[str]) -> dict[str, Any]:
     }
 
 
-def _shares(confusion: list[list[int]]) -> list[list[dict[str, Any]]]:
-    return [[{"count": n, "share": round(n / max(sum(row), 1), 3)} for n in row] for row in confusion]
+def _confusion(method: str, point: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation's counts, with the share of each in its row, and the names of the labels."""
+    counts = point["eval/confusion"]
+    rows = [[{"count": n, "share": round(n / max(sum(row), 1), 3)} for n in row] for row in counts]
+    labels = point.get("eval/labels", list(range(len(counts))))
+    return {"name": method, "labels": labels, "rows": list(zip(labels, rows, strict=True))}
 
 
 def _pictures(first: dict[str, dict[str, Any] | None], folder: Path) -> list[dict[str, str]]:

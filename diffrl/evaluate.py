@@ -107,13 +107,14 @@ def evaluate(
 def _control(reward: LogLikelihood, target: Tensor, true: Tensor) -> dict[str, Any]:
     """Return how well labels `[n, A]` are obeyed, by the true measures, never by a classifier.
 
-    A picture is right if every attribute is; classes are whole labels, in the order of `every_label`. Of
-    several attributes, each one's accuracy and macro F1 besides, as CTRL reports them.
+    A picture is right if every attribute is; classes are whole labels, named in `labels`. Of several
+    attributes, each one's accuracy and macro F1 besides, as CTRL reports them.
     """
     wanted, got = (_index(label, reward.num_classes) for label in (target, true))
     labels = list(range(math.prod(reward.num_classes)))
     confusion = confusion_matrix(wanted, got, labels=labels)
     measures = _scores(wanted, got, labels) | {
+        "labels": [label_name(label) for label in every_label(reward.num_classes)],
         "confusion": confusion.tolist(),
         "per_class": (confusion.diagonal() / confusion.sum(1).clip(min=1)).tolist(),
     }

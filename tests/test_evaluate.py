@@ -32,7 +32,7 @@ class TestControl:
         assert_close(measures["per_class"], [0.5, 1.0, 0.0], atol=1e-9)
         assert measures["accuracy"] == 0.75
         assert_close(measures["macro_f1"], (2 / 3 + 4 / 5 + 0) / 3, atol=1e-9)
-        assert set(measures) == {"accuracy", "macro_f1", "confusion", "per_class"}
+        assert set(measures) == {"accuracy", "macro_f1", "labels", "confusion", "per_class"}
 
     def test_of_two_attributes_a_picture_is_right_if_both_are(self):
         target = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
@@ -43,6 +43,7 @@ class TestControl:
         assert measures["colour/accuracy"] == 0.5
         assert_close(measures["colour/macro_f1"], 0.5, atol=1e-9)
         assert measures["confusion"] == [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
+        assert measures["labels"] == ["0,0", "0,1", "1,0", "1,1"]  # its rows, and its columns
 
     def test_a_label_s_index_is_its_place_in_every_label(self):
         labels = every_label((2, 3, 4))

@@ -1,6 +1,7 @@
 """The promises of the project's own files."""
 
 import ast
+import json
 import os
 import re
 from pathlib import Path
@@ -125,3 +126,18 @@ def test_the_readme_s_tables_are_those_of_the_data():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("<!-- table: ") == 4
     assert written(text, ROOT / "benchmarks" / "results") == text
+
+
+def test_a_suite_s_table_shows_a_row_whose_cells_all_failed(tmp_path):
+    from diffrl.benchmarks.readme import written
+
+    rows = [
+        {"method": "a", "n_seeds": 1, "m": 0.5, "m_ci95": 0.25, "spent/pictures": 64.0},
+        {"method": "b", "n_seeds": 0, "failed": 1},
+    ]
+    stored = {"settings": {"columns": {"M": "m", "size": "eval/per_class/0"}}, "rows": rows}
+    (tmp_path / "mine.json").write_text(json.dumps(stored))
+    text = written("<!-- table: mine -->\nold\n<!-- end -->", tmp_path)
+    heading = "|  | seeds | M | pictures drawn |\n| --- | --- | --- | --- |\n"
+    shown = "| a | 1 | .500 ± .250 | 64 |\n| b | 0 | - | - |\n"
+    assert text == f"<!-- table: mine -->\n{heading}{shown}<!-- end -->"

@@ -130,6 +130,36 @@ def test_a_run_has_a_curve_of_each_measure_and_the_command_that_made_it(tmp_path
     assert "diffrl train algo.gamma=7.0 seed=3" in html
 
 
+def test_several_runs_are_rows_of_one_table_with_one_chart_of_their_curves(suite, tmp_path):
+    sources = []
+    for number, name in enumerate(["a/gamma=1", "a/gamma=2", "b/gamma=2"]):
+        run = tmp_path / name
+        run.mkdir(parents=True)
+        points = [cell("ctrl", number)["points"][at] | {"eval/accuracy": 0.25 * number} for at in (0, 1)]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, points)))
+        sources.append(str(run))
+    out = tmp_path / "r.html"
+    assert main(["report", sources[0], str(suite), *sources[1:], "--out", str(out)]) == 0
+    html = out.read_text()
+    assert html.count('class="sortable"') == 2  # the suite's, and that of the runs
+    assert "<title>diffrl: mine, runs</title>" in html
+    rows = re.findall(r'<tr><td data-value="([^"]*)"', html)[-3:]
+    assert rows == ["gamma=1", *sources[1:]]  # two are called alike: by their paths
+    assert html.count("<h3>Learning</h3>") == 2
+    assert html.count(">pictures drawn</text>") == 2
+
+
+def test_confusion_has_the_labels_names(suite, tmp_path):
+    stored = json.loads((suite / "mine.json").read_text())
+    stored["cells"][0]["points"][-1]["eval/labels"] = ["1,0", "1,1"]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(stored))
+    assert main(["report", str(path), "--out", str(tmp_path / "r.html")]) == 0
+    html = (tmp_path / "r.html").read_text()
+    assert html.count("<th>1,0</th>") == 2  # asked for, and true
+    assert html.count("<th>0</th>") == 4  # the other two methods': results of before have no names
+
+
 def test_a_suite_over_a_setting_has_a_panel_for_each_of_its_measures(suite, tmp_path):
     stored = json.loads((suite / "mine.json").read_text())
     stored["settings"]["rows"] |= {"ctrl": ["algo.gamma=3"], "pretrained": ["algo.gamma=0"]}
