@@ -7,6 +7,7 @@ from uuid import uuid4
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from diffrl import policy
 from diffrl.cli import main
 
 
@@ -22,7 +23,15 @@ def launch(number, commands, cache, log):
     elastic_launch(config, _train)(commands)
 
 
+def without_zeros():
+    """Begin with adapters of which neither half is zero: else A has no gradient in the first update."""
+    own = {"init_lora_weights": False, "lora_alpha": 0.1}
+    config = policy.LoraConfig
+    policy.LoraConfig = lambda **settings: config(**settings | own)
+
+
 def _train(commands):
+    without_zeros()
     for words in commands:
         if code := main(words):
             sys.exit(code)
