@@ -99,7 +99,7 @@ class DDPO(Algorithm):
         self, trajectories: Iterable[Trajectory], policy: Policy, optimizer: Optimizer
     ) -> dict[str, float]:
         """Turn rewards into advantages, then step on every minibatch."""
-        batch = Trajectory.cat(list(trajectories))
+        batch = Trajectory.cat([trajectory.without_images() for trajectory in trajectories])
         rewards = processes.joined(batch.reward)
         ours = processes.place(len(batch.context))
         advantages, kl_weight = self._advantages(batch, rewards, ours)

@@ -169,10 +169,14 @@ class Trajectory:
     def _timesteps(self) -> Tensor:  # one copy to the device, which waits for it, for all pairs
         return torch.tensor(self.timesteps, device=self.latents.device)
 
+    def without_images(self) -> "Trajectory":
+        """Return the same without pictures, which are most of what black-box learning would keep."""
+        return replace(self, images=self.images[:, :0].clone())  # a view would keep the whole
+
     def result(self) -> "Trajectory":
         """Return the same without what led to x_0, and without pictures: little enough to keep many."""
-        x_0, none = self.latents[-1:].clone(), self.images[:, :0].clone()  # a view would keep the whole
-        return replace(self, latents=x_0, images=none, log_prob=None, kl=None, log_ratio=None)
+        x_0 = self.latents[-1:].clone()
+        return replace(self.without_images(), latents=x_0, log_prob=None, kl=None, log_ratio=None)
 
     @staticmethod
     def cat(parts: Sequence["Trajectory"]) -> "Trajectory":
