@@ -121,7 +121,7 @@ class Run:
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = base * rate
             group["rates"] = base * rate, base * algo.rate(self.update + 1)
-        torch.manual_seed(self.setup.seed(_SHUFFLES, self.update))  # the same in every process
+        self._seed_shuffles()
         begin, calls = time.perf_counter(), self.policy.num_calls
         hits: list[Tensor] = []
         drawn: list[tuple[Tensor, Context]] = []
@@ -168,6 +168,11 @@ class Run:
             if self.surrogate is not None:
                 drawn.append((trajectory.images, trajectory.context))
             yield trajectory
+        # what follows is drawn alike by all, whatever a reward has drawn for ours
+        self._seed_shuffles()
+
+    def _seed_shuffles(self) -> None:
+        torch.manual_seed(self.setup.seed(_SHUFFLES, self.update))  # the same in every process
 
     def save(self, parent: Path) -> None:
         """Write a checkpoint of everything that decides the next number."""

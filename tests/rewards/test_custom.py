@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close
+from safetensors.torch import load_file
 from test_cli import fails
 
 from diffrl import config, settings_file
@@ -59,6 +60,11 @@ class Table:
 
 def broken(images, context):
     return images[:, 9]
+
+
+def restless(images, context):
+    torch.rand(3)
+    return redness(images, context)
 """
 SMALL = [
     "env.num_steps=2",
@@ -96,6 +102,16 @@ def test_a_function_trains_and_its_run_is_read_from_elsewhere(
     monkeypatch.chdir("/")
     assert main(["eval", str(run), "--json", "-n", "2"]) == 0
     assert "reward_mean" in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_what_a_reward_draws_decides_nothing_that_processes_must_draw_alike(file, tiny_path, tmp_path):
+    """Each process asks it about other pictures; all must deal the same minibatches."""
+    learnt = []
+    for name in ("redness", "restless"):
+        words = ["algo=ddpo", "algo.minibatches=2", f"reward=mine.py:{name}", f"root={name}"]
+        assert main(train(tiny_path, *words)) == 0
+        learnt.append(load_file(tmp_path / name / "run" / "pytorch_lora_weights.safetensors"))
+    assert all(torch.equal(learnt[1][key], value) for key, value in learnt[0].items())
 
 
 def test_a_class_has_settings_and_may_have_a_gradient(file, tiny_path):
