@@ -38,6 +38,7 @@ class Algorithm(ABC):
     warmup: int = 0  # updates over which both rise first, linearly: AdamW's first steps are its least known
     average: float = 0.0  # the last share of the updates whose weights' mean is the result; 0: the last's
 
+    group_size = 1  # pictures in a row that share prompt and label; a setting where it is of use
     fewest_updates: ClassVar[int] = 1
     needs_gradient: ClassVar[bool]
     needs_labels: ClassVar[bool] = False  # a true one of each picture

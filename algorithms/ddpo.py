@@ -41,6 +41,7 @@ class DDPO(Algorithm):
     advantage_clip: float = 5.0  # of standardised rewards: 5 in DDPO's PyTorch code, 10 in JAX
     timestep_fraction: float = 1.0  # of a picture's steps that are trained on, drawn for each picture
     per_prompt: bool = True  # statistics of each (prompt, label) rather than of the batch
+    group_size: int = 1  # pictures of an update that share both, and compete at once (GRPO)
     buffer_size: int = 16  # rewards remembered for each
     min_count: int = 16  # with fewer, the batch's statistics stand in
     kl: float = 0.0  # weight of the KL to the pretrained model, in units of the reward a nat
@@ -56,7 +57,7 @@ class DDPO(Algorithm):
         check_choice("algo.estimator", self.estimator, ("is", "sf"))
         check_choice("algo.log_prob_reduction", self.log_prob_reduction, ("mean", "sum"))
         check_choice("algo.kl_form", self.kl_form, ("reward", "loss"))
-        for name in ("minibatches", "inner_epochs", "buffer_size", "min_count"):
+        for name in ("minibatches", "inner_epochs", "group_size", "buffer_size", "min_count"):
             if getattr(self, name) < 1:
                 raise DiffRLError(f"algo.{name}={getattr(self, name)}: must be 1 or more.")
         for name in ("clip_range", "advantage_clip"):
@@ -71,6 +72,11 @@ class DDPO(Algorithm):
         if self.batch_size % self.minibatches:
             raise DiffRLError(
                 f"algo.minibatches={self.minibatches}: does not divide algo.batch_size={self.batch_size}."
+            )
+        if self.micro_batch_size % self.group_size:
+            raise DiffRLError(
+                f"algo.group_size={self.group_size}: does not divide algo.micro_batch_size="
+                f"{self.micro_batch_size}."
             )
         if self.estimator == "sf" and self.minibatches * self.inner_epochs > 1:
             raise DiffRLError(

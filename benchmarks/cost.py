@@ -119,7 +119,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 def _work(row: str, setup: Setup, algo: Algorithm, reward: Reward) -> Any:
     """Return what is measured, and the policy that counts its network calls."""
     policy = setup.make_policy(reward.num_classes)
-    env = setup.make_env(reward, algo.micro_batch_size)
+    env = setup.make_env(reward, algo.micro_batch_size, algo.group_size)
     optimizer = algo.make_optimizer(policy)
     env.reset(seed=0)
     if row == "sampling":

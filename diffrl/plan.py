@@ -170,7 +170,7 @@ class _Update:
     """One update, all of whose pictures are one micro-batch of `size`."""
 
     def __init__(self, setup: Setup, policy: Policy, reward: Reward, algo: Any, size: int) -> None:
-        small = {"batch_size": size, "micro_batch_size": size, "minibatches": 1}
+        small = {"batch_size": size, "micro_batch_size": size, "minibatches": 1, "group_size": 1}
         self._algo = replace(algo, **{name: small[name] for name in small if hasattr(algo, name)})
         self._policy, self._setup = policy, setup
         self._env, self._optimizer = setup.make_env(reward, size), self._algo.make_optimizer(policy)

@@ -65,7 +65,7 @@ class Run:
                 f"{micro_batches} micro-batches for {processes.count()} processes; each needs one at least."
             )
         self.micro_batches = processes.part(micro_batches)
-        self.env = setup.make_env(reward, algo.micro_batch_size)
+        self.env = setup.make_env(reward, algo.micro_batch_size, algo.group_size)
         self.optimizer = algo.make_optimizer(policy)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = policy.lora_parameters() + policy.embedding_parameters()

@@ -1,10 +1,13 @@
+import json
+
 import pytest
 import torch
 from conftest import assert_close
 from toy import Recorder, ToyEnv, ToyPolicy, linear_gain, objective
 
-from diffrl.algorithms.advantages import GroupStatistics, standardise
+from diffrl.algorithms.advantages import GroupStatistics, groups_of, standardise
 from diffrl.algorithms.ddpo import DDPO
+from diffrl.cli import main
 from diffrl.errors import DiffRLError
 
 WHOLE = {"minibatches": 1, "max_grad_norm": 1e9, "per_prompt": False, "advantage_clip": 1e9}
@@ -191,6 +194,25 @@ class TestStatistics:
         assert_close(standardise(reward, mean, std, 5.0), [0.5, 5.0, 0.0], atol=0)
 
 
+def test_a_group_shares_prompt_and_label_and_competes_at_once(tiny_path, tmp_path, monkeypatch):
+    seen = []
+    update = DDPO.update
+    monkeypatch.setattr(
+        DDPO, "update", lambda self, parts, *rest: update(self, (seen.append(p) or p for p in parts), *rest)
+    )
+    words = ["algo=ddpo", "algo.group_size=2", "algo.min_count=2", "algo.batch_size=8", "algo.updates=1"]
+    words += ["algo.minibatches=1", "algo.micro_batch_size=4", "env.num_steps=2", "eval_pictures=2"]
+    words += [f"env.model={tiny_path}", "reward.num_pictures=40", "reward.num_classes=2"]
+    assert main(["train", *words, f"root={tmp_path}", "name=run"]) == 0
+    assert len(seen) == 2
+    for part in seen:
+        groups = groups_of(part.context)
+        assert groups[::2] == groups[1::2]
+        assert groups[0] != groups[2]
+    kept = json.loads(next(tmp_path.glob("run/checkpoints/*/state.json")).read_text())
+    assert [len(rewards) for *_, rewards in kept["algorithm"]["rewards"]] == [2] * 4
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -202,6 +224,8 @@ class TestStatistics:
         {"kl": -1.0},
         {"kl_form": "both"},
         {"inner_epochs": 0},
+        {"group_size": 0},
+        {"group_size": 3},
     ],
 )
 def test_impossible_settings_are_refused(settings):
