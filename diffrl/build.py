@@ -18,6 +18,7 @@ from diffrl.policy import Policy
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward, stream_seed
 
+_DATASET = 7  # a stream of random numbers
 _FULL = "The model alone does not fit beside what else is there: end that, or take another device."
 
 
@@ -127,6 +128,8 @@ class Setup:
         # in a file a joint label has a number for each measure too
         counts = (2,) * len(measures) if getattr(self.config.reward, "joint", False) else self.num_classes()
         entries, notes = datasets.read(Path(self.config.dataset), measures, counts)
+        if (most := self.config.dataset_pictures) is not None:
+            entries = datasets.some(entries, most, self.seed(_DATASET))
         for note in notes:
             console.print(f"dataset={self.config.dataset}: {note}")
         return entries

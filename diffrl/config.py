@@ -45,6 +45,7 @@ class Config:
     prompts: str = "simple_animals"  # a list, a text file, a CSV with labels, imagenet_animals:PATH
     eval_prompts: str | None = None  # of evaluations, such as eval_animals; null: the same
     dataset: str | None = None  # AVA, metadata.csv or .jsonl, or pictures; null: drawn from the model
+    dataset_pictures: int | None = None  # so many of them, drawn by the seed; null: all
     dataset_workers: int = 0  # processes that read its pictures; 0: this one
     reward_timeout: float | None = 600.0  # seconds a black box may take for a micro-batch; null: for ever
     clip: str | None = None  # a CLIP model, a folder or a hub id, for CLIPScore

@@ -74,6 +74,11 @@ def check(config: Config) -> None:
         raise DiffRLError(
             f"dataset={config.dataset}: for pictures, and this env makes points. Leave it out."
         )
+    if (most := config.dataset_pictures) is not None and (most < 1 or config.dataset is None):
+        raise DiffRLError(
+            f"dataset_pictures={most} dataset={config.dataset}: must be 1 or more, of a data set; how many "
+            "pictures are drawn from the model, reward.num_pictures says."
+        )
 
 
 def check_new(config: Config) -> None:

@@ -203,6 +203,12 @@ def read(
     return entries, notes + said
 
 
+def some(entries: list[Entry], count: int, seed: int) -> list[Entry]:
+    """Return `count` of the entries, drawn by `seed`, in their order; all where there are no more."""
+    order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))
+    return [entries[place] for place in sorted(order[:count].tolist())]
+
+
 def _entries(
     folder: Path, rows: Sequence[Row], measures: Sequence[str], num_classes: Sequence[int]
 ) -> tuple[list[Entry], list[str]]:

@@ -40,6 +40,22 @@ def join(device: torch.device) -> torch.device:
 
 
 @contextmanager
+def whole_float32() -> Iterator[None]:
+    """Multiply float32 as it is, where `join` lets a GPU round its factors to TF32.
+
+    Two ways to the same picture come to differ by what TF32 rounds, which many guided steps magnify.
+    """
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
 def together() -> Iterator[None]:
     """Let an error end us at once: taking leave waits for the others, who may be waiting for our part."""
     try:

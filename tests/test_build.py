@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -36,6 +37,24 @@ def test_a_data_set_s_joint_labels_are_a_number_for_each_measure(tiny_path, tmp_
     words = ["reward=multitask", "reward.joint=true", f"dataset={tmp_path}", f"env.model={tiny_path}"]
     (entry,) = Setup(config.load(words)).dataset.entries
     assert entry.label == {"compressibility": 1, "colourfulness": 0}
+
+
+def test_of_a_data_set_so_many_are_drawn_by_the_seed(tiny_path, tmp_path):
+    for number in range(9):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+
+    def drawn(*words):
+        words = [f"dataset={tmp_path}", f"env.model={tiny_path}", *words]
+        return [Path(entry.path).stem for entry in Setup(config.load(words)).dataset.entries]
+
+    assert drawn() == drawn("dataset_pictures=9") == drawn("dataset_pictures=99") == list("012345678")
+    some = drawn("dataset_pictures=4")
+    assert some == sorted(set(some)) == drawn("dataset_pictures=4")
+    assert len(some) == 4
+    assert some != drawn("dataset_pictures=4", "seed=1")
+    for words in ([f"dataset={tmp_path}", "dataset_pictures=0"], ["dataset_pictures=3"]):
+        with pytest.raises(DiffRLError, match="dataset_pictures"):
+            Setup(config.load([*words, f"env.model={tiny_path}"]))
 
 
 def test_prompts_with_labels_are_checked_against_the_reward_s_and_drawn_with_them(tiny_path, tmp_path):

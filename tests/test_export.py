@@ -237,6 +237,25 @@ class TestNothingIsHalfWritten:
         assert "reloaded, it draws other pictures; they differ by up to 0." in line
         assert self.nothing_in(tmp_path)
 
+    def test_they_are_compared_in_whole_float32_though_a_gpu_draws_in_tf32(
+        self, learnt_run, tmp_path, monkeypatch
+    ):
+        def precisions():
+            return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+        seen, compare = [], diffrl.export._compare
+        monkeypatch.setattr(
+            diffrl.export, "_compare", lambda *args: seen.append(precisions()) or compare(*args)
+        )
+        before = precisions()
+        torch.set_float32_matmul_precision("high")
+        try:
+            diffrl.export.export(learnt_run, tmp_path / "out", "diffusers", num_pictures=1)
+            assert seen == [("highest", False)]
+            assert precisions() == ("high", before[1])
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+
     def test_a_layer_that_the_format_loses_is_named(self, learnt_run, tmp_path, capsys, monkeypatch):
         true = diffrl.export.convert_state_dict_to_kohya
 

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,12 +276,15 @@ class TestOneFile:
         with pytest.raises(DiffRLError, match=r"no tokenizer.*hf download openai/clip-vit-large-patch14"):
             StableDiffusion.load(str(path))
 
-    def test_its_fingerprint_is_of_its_content(self, tmp_path):
+    def test_its_fingerprint_is_of_its_content(self, tmp_path, monkeypatch):
         paths = [tmp_path / folder / "one.safetensors" for folder in "ab"]
         for path in paths:
             path.parent.mkdir()
             save_file({"x": torch.zeros(1)}, path)
         assert fingerprint(str(paths[0])) == fingerprint(str(paths[1]))
+        monkeypatch.setattr(Path, "open", None)
+        assert fingerprint(str(paths[0])) == fingerprint(str(paths[1]))  # which are read once
+        monkeypatch.undo()
         save_file({"x": torch.ones(1)}, paths[1])
         assert fingerprint(str(paths[0])) != fingerprint(str(paths[1]))
 

@@ -1,5 +1,6 @@
 """Finding a checkpoint and reading it: a hub id, a diffusers folder, or one file of the original layout."""
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -114,13 +115,19 @@ def fingerprint(model: str) -> str:
         place = path.parent
         beside = [*(place / name for name in CONFIG_FILES.values()), *sorted(place.glob("tokenizer/*"))]
         files = [(path.name, path), *((str(f.relative_to(place)), f) for f in beside if f.is_file())]
+    states = ((name, file, file.stat()) for name, file in files if file.suffix in _HASHED)
+    return _hash(tuple((name, file, state.st_size, state.st_mtime_ns) for name, file, state in states))
+
+
+@functools.lru_cache
+def _hash(files: tuple[tuple[str, Path, int, int], ...]) -> str:
+    """Return a hash of names and contents; size and time tell a file that has changed since it was read."""
     digest = hashlib.sha256()
-    for name, file in files:
-        if file.suffix in _HASHED:
-            digest.update(name.encode())
-            with file.open("rb") as content:
-                while chunk := content.read(_CHUNK):
-                    digest.update(chunk)
+    for name, file, *_ in files:
+        digest.update(name.encode())
+        with file.open("rb") as content:
+            while chunk := content.read(_CHUNK):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
