@@ -1,12 +1,13 @@
 """Is this combination of env, algorithm, reward and precision numerically sound? Answered before training.
 
-Every check looks at an untrained policy, so each right answer is known: ratios are 1, the KL is 0, the
-gradient reaches every adapter. Source of the traps: DDPO's and CTRL's code and their issue trackers.
+Every check looks at an untrained policy, or one that has moved next to nothing, so each right answer is
+known: ratios are 1, the KL is 0, the gradient reaches every adapter. Source of the traps: DDPO's and CTRL's
+code and their issue trackers.
 Shapes: T steps.
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +31,18 @@ _PICTURES = 8
 _FIT_PICTURES = 64  # enough for a reward whose gradient is looked at, not its accuracy
 _CLIP_RANGE = 1e-4  # DDPO's: what ratios are held against where the algorithm has none of its own
 _WIDEST = 0.2  # PPO's clip range: a ratio further off than that is no rounding
+_NUDGE = 1e-6  # of an adapter's half that begins at 0; chosen: a thousandth of an optimiser's first step
+_LEAST_KL = 1.0  # nats, of what a policy that draws otherwise has
 _LISTED = 10  # steps of which a line shows each one's value; chosen: emoji's
 
 # What mends a finding: `{algo.gamma}` is a setting's value, `{word.env}` the word that chose the component.
 _AGAINST_ROUNDING = (
     "set env.precision=fp32 instead of {env.precision}",
     "raise env.eta={env.eta:g}, whose little noise magnifies it",
+)
+_AGAINST_MAGNIFYING = (
+    "take fewer, larger steps than env.num_steps={env.num_steps}",
+    "lower env.guidance_scale={env.guidance_scale:g}",
 )
 _AGAINST_LIMITS = (
     "raise reward.clip={reward.clip:g}",
@@ -82,6 +89,9 @@ def _findings(config: Config) -> Iterator[Finding]:
     yield _rewards(episodes, reward)
     if noisy:
         yield _kl(episodes)
+        with _nudged(policy):
+            moved = rollout(env, policy, setup.generator(3), reference=reference, seed=config.seed)
+        yield _kl_of_rounding(moved)
     if isinstance(config.algo, Untrained):
         skipped = f"skipped: algo={chosen(config, 'algo')} trains nothing"
         yield Finding("ratios and gradients", skipped, None)
@@ -137,6 +147,36 @@ def _kl(episodes: Trajectory) -> Finding:
     )
 
 
+@contextmanager
+def _nudged(policy: Policy) -> Iterator[None]:
+    """Move every adapter by less than anything that could be learnt, and back.
+
+    From then on policy and reference are not the same products, and round each in its own way.
+    """
+    halves = [p for name, p in policy.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for half in halves:
+            half += _NUDGE
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for half in halves:
+                half.zero_()
+
+
+def _kl_of_rounding(episodes: Trajectory) -> Finding:
+    assert episodes.kl is not None
+    kl = float(episodes.kl.sum(0).mean())
+    return Finding(
+        f"KL of adapters that are {_NUDGE:g}",
+        f"{kl:.2g} nats",
+        kl < _LEAST_KL,
+        "policy and reference round apart, magnified by guidance and small steps: so much of a KL is noise",
+        (*_AGAINST_ROUNDING, *_AGAINST_MAGNIFYING),
+    )
+
+
 def _ratios(policy: Policy, episodes: Trajectory, algo: Algorithm) -> Iterator[Finding]:
     """Score the stored actions again, in one batch and one by one, as a policy gradient will."""
     summed = getattr(algo, "log_prob_reduction", "mean") == "sum"
@@ -160,7 +200,16 @@ def _ratios(policy: Policy, episodes: Trajectory, algo: Algorithm) -> Iterator[F
         f"{_by_step(alone)}; clip range {allowed:g}{whose}",
         float(alone.max()) < allowed / 2,
         "rounding depends on the batch that an action is scored in, and small steps magnify it",
-        (*_AGAINST_ROUNDING, *wider, "take fewer, larger steps than env.num_steps={env.num_steps}"),
+        (*_AGAINST_ROUNDING, *wider, *_AGAINST_MAGNIFYING[:1]),
+    )
+    with _nudged(policy):
+        moved = _largest_ratio(policy, episodes, len(episodes.reward), scale)
+    yield Finding(
+        f"the same of adapters that are {_NUDGE:g}",
+        _by_step(moved),
+        float(moved.max()) < allowed / 2,
+        "after one optimiser step rounding alone leads out of the clip range",
+        (*_AGAINST_ROUNDING, *_AGAINST_MAGNIFYING),
     )
 
 
@@ -212,6 +261,7 @@ class _Recorder:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.gradients: dict[str, Tensor] = {}
+        self.param_groups: list[dict[str, Any]] = []
 
     def step(self) -> None:
         for name, parameter in self.policy.named_parameters(remove_duplicate=False):

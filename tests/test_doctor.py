@@ -72,6 +72,22 @@ def test_a_sound_combination_has_no_finding(words, tiny_path):
     assert "gradient in every adapter" in checks
 
 
+def test_what_rounding_alone_makes_after_a_step_is_found_in_half_precision(tiny_path):
+    words = ["algo=ddpo", "reward=jpeg", "env.guidance_scale=7.5", "env.num_steps=20"]
+    kl = {}
+    for precision in ("fp32", "bf16"):
+        found = findings(tiny_path, *words, f"env.precision={precision}")
+        (nats,) = (each.value for each in found if each.check == "KL of adapters that are 1e-06")
+        kl[precision] = float(nats.split()[0])
+        said = advice(found)
+        if precision == "fp32":
+            assert said == {}
+    assert kl["bf16"] > 1e-3 > 1e-5 > kl["fp32"]
+    assert list(said) == ["the same of adapters that are 1e-06"]
+    (ratios,) = said.values()
+    assert "To mend it set env.precision=fp32 instead of bf16, or take fewer" in ratios
+
+
 def test_an_algorithm_that_trains_nothing_has_no_gradients_to_look_at(tiny_path):
     found = findings(tiny_path, "algo=none", "reward=jpeg")
     assert unsound(found) == []
