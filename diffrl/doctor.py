@@ -156,7 +156,7 @@ def _nudged(policy: Policy) -> Iterator[None]:
     halves = [p for name, p in policy.named_parameters() if "lora_B" in name]
     with torch.no_grad():
         for half in halves:
-            half += _NUDGE
+            half.add_(_NUDGE)
     try:
         yield
     finally:

@@ -69,6 +69,15 @@ def test_prompts_with_labels_are_evaluated_under_their_own(tiny_path, tmp_path, 
     assert measures["log_z"] is measures["gap"] is None  # Z is of the prompts that were trained on
 
 
+@pytest.mark.parametrize("guidance", ["reconstruction", "mpgd", "smc", "svdd", "classifier_free"])
+def test_every_guidance_follows_two_controls_at_once(two_controls, capsys, guidance):
+    assert main(["eval", str(two_controls), f"guidance={guidance}", "-n", "8", "--json"]) == 0
+    measures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measures["labels"] == ["0,0", "0,1", "1,0", "1,1"]
+    assert [sum(row) for row in measures["confusion"]] == [2, 2, 2, 2]
+    assert {"compressibility/accuracy", "colourfulness/macro_f1"} <= measures.keys()
+
+
 def test_two_controls_are_trained_measured_and_asked_for(tiny_path, tmp_path, capsys):
     fast = [word for word in FAST if word != "reward.num_classes=2"]
     words = [f"env.model={tiny_path}", f"root={tmp_path}", "name=two", "reward=multitask", *fast]

@@ -33,13 +33,17 @@ class SMC(Guidance):
     The potentials are exp(gamma r(x0hat)), in the end exp(gamma r(x_0)). A finite K errs towards the
     proposal: towards the prior without a twist, past the target with one. After an episode `log_weights`
     `[B, K]` are the particles' and `log_z` `[B]` is log of an unbiased estimate of Z.
+
+    As in the published comparison (SVDD's code): `num_particles=2 gamma=0.05 resampling=multinomial
+    ess_threshold=1 last=false`, its alpha of 20 being 1 / gamma. Differs from it: a population is of one
+    prompt and label, the next step's potential is asked at the next timestep.
     """
 
     num_particles: int = 16  # K
     gamma: float = 1.0  # exponent of the reward's exp, if that is p(y|x) of the likelihood
     twisted: bool = False  # propose along the gradient of the potential too
     form: str = "sigma2"  # of a twisted proposal's shift; eps is far larger in the last steps
-    resampling: str = "systematic"  # or multinomial
+    resampling: str = "systematic"  # or multinomial, as published
     ess_threshold: float = 0.5  # resample where fewer than this share of K are effective; 1: in every step
     max_shift: float | None = None  # of a twisted shift's length in sigmas: its square is log w's variance
     last: bool = True  # weigh by the reward itself in the end; the published comparison's code does not

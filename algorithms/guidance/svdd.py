@@ -20,6 +20,8 @@ class SVDD(Guidance):
 
     Its limit for many candidates is the chain tilted by exp(gamma r(x0hat)) in every step, not the
     posterior: r(x0hat) is no soft value. Any reward will do, gradients are not asked for.
+
+    As published: `selection=argmax last=false`.
     """
 
     num_candidates: int = 20  # M
