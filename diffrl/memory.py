@@ -35,8 +35,9 @@ def told(setting: str, value: int, folder: Path | None = None, *, of: int = 0) -
     """
     if value == 1:
         fix = (
-            "One picture at a time is the least; use env.precision=bf16, or for a chain of steps, as "
-            "of ctrl and reward_backprop, env.checkpointing=true."
+            "One picture at a time is the least. What else takes less, in a run of another name=: "
+            "env.precision=bf16, fewer layers in policy.targets, and for a chain of steps, as of ctrl and "
+            "reward_backprop, env.checkpointing=true."
         )
     else:
         less = max(size for size in range(1, value // 2 + 1) if of % size == 0)
