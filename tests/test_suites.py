@@ -73,7 +73,8 @@ def test_a_base_may_have_a_base(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("base: multitask")
     mine = suites.load(str(path))
-    assert mine.tune == suites.load("compressibility").tune
+    assert mine.rows == suites.load("compressibility").rows
+    assert mine.tune == suites.load("multitask").tune != suites.load("compressibility").tune
 
 
 def test_a_mistake_in_the_last_row_shows_before_the_first_is_run(tmp_path, capsys):
