@@ -132,7 +132,7 @@ def _section(name: str, suite: Suite, records: list[dict[str, Any]], folder: Pat
             for method, record in first.items()
             if record and "eval/confusion" in record["points"][-1]
         ],
-        "pictures": _pictures(first, folder),
+        "pictures": _pictures(records, folder),
         "commands": [
             {"name": method, "command": record["command"]}
             for method, record in first.items()
@@ -180,17 +180,15 @@ def _confusion(method: str, point: dict[str, Any]) -> dict[str, Any]:
     return {"name": method, "labels": labels, "rows": list(zip(labels, rows, strict=True))}
 
 
-def _pictures(first: dict[str, dict[str, Any] | None], folder: Path) -> list[dict[str, str]]:
-    """Return the last picture of each method's first seed, where the run's folder is at hand."""
-    found = []
-    for method, record in first.items():
-        if record is None:
-            continue
-        run = folder / record.get("folder", Cell(method, record["seed"], []).name)
+def _pictures(records: list[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
+    """Return the last picture of each method, of its first seed whose run's folder is at hand."""
+    found: dict[str, Path] = {}
+    for record in records:
+        run = folder / record.get("folder", Cell(record["row"], record["seed"], []).name)
         pictures = sorted((run / "pictures").glob("*.png"))
-        if pictures:
-            found.append({"name": method, "data": _embedded(pictures[-1])})
-    return found
+        if pictures and "points" in record:
+            found.setdefault(record["row"], pictures[-1])
+    return [{"name": method, "data": _embedded(path)} for method, path in found.items()]
 
 
 def _embedded(path: Path) -> str:

@@ -52,7 +52,7 @@ def suite(tmp_path_factory):
     cells.append({"row": "crash", "seed": 0, "failed": True})
     stored = {"suite": "mine", "settings": settings, "rows": [], "cells": cells}
     (folder / "mine.json").write_text(json.dumps(stored))
-    pictures = folder / "ctrl-seed0" / "pictures"
+    pictures = folder / "ctrl-seed1" / "pictures"  # the first seed's folder is gone
     pictures.mkdir(parents=True)
     Image.new("RGB", (1600, 800), "red").save(pictures / "grid-0010.png")
     return folder
