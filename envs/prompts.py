@@ -5,6 +5,7 @@ Sources: DDPO's `simple_animals.txt` (45 words) and CTRL's evaluation words (8, 
 The ImageNet animals, DDPO's 398, are the first classes of ILSVRC-2012, from a file that the user has.
 """
 
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -95,15 +96,17 @@ def _labelled(path: Path, num_classes: Sequence[int]) -> list[str]:
 
 def _imagenet_animals(path: Path, *, full: bool) -> list[str]:
     lines = _lines(path)
-    if path.suffix == ".json":
+    if path.suffix == ".json" or (lines[:1] and lines[0].startswith("{")):
+        text = "".join(lines)
         try:
-            index = json.loads("".join(lines))
+            index = json.loads(text) if path.suffix == ".json" else ast.literal_eval(text)
             if isinstance(index, dict):
-                index = [index[str(number)] for number in range(_NUM_IMAGENET_ANIMALS)]
+                index = {int(number): entry for number, entry in index.items()}
+                index = [index[number] for number in range(_NUM_IMAGENET_ANIMALS)]
             # imagenet_class_index.json has [synset, name]
             names = [entry if isinstance(entry, str) else entry[1] for entry in index]
             lines = [name.replace("_", " ") for name in names]
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, SyntaxError):
             lines = []
     names = [re.sub(r"^n\d{8}\s+", "", line) for line in lines[:_NUM_IMAGENET_ANIMALS]]
     first = [name.partition(",")[0].strip() for name in names]
@@ -111,7 +114,7 @@ def _imagenet_animals(path: Path, *, full: bool) -> list[str]:
     if len(first) < _NUM_IMAGENET_ANIMALS or first[0] != "tench" or not first[-1].startswith("puffer"):
         raise DiffRLError(
             f"{path}: not ImageNet's classes in their order, where number 0 is tench and 397 puffer. Give "
-            "imagenet_class_index.json, LOC_synset_mapping.txt, a JSON list of names, or a line for each "
-            "class."
+            "imagenet_class_index.json, LOC_synset_mapping.txt, imagenet1000_clsidx_to_labels.txt, a JSON "
+            "list of names, or a line for each class."
         )
     return names if full else first

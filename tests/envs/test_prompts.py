@@ -60,6 +60,13 @@ class TestImageNet:
         assert len(full) == 398
         assert (full[0], full[-1]) == ("tench, Tinca tinca", "puffer, pufferfish, blowfish")
 
+    def test_a_python_dict_of_names_is_read(self, tmp_path):
+        """imagenet1000_clsidx_to_labels.txt: `{0: 'tench, Tinca tinca',`, and so on."""
+        path = tmp_path / "imagenet1000_clsidx_to_labels.txt"
+        path.write_text("{" + ",\n ".join(f"{n}: {name!r}" for n, name in enumerate(imagenet())) + "}")
+        first = load_prompts(f"imagenet_animals:{path}")
+        assert (len(first), first[0], first[-1]) == (398, "tench", "puffer")
+
     def test_an_index_in_json_is_sorted_by_number(self, tmp_path):
         path = tmp_path / "imagenet_class_index.json"
         names = [line.partition(",")[0].replace(" ", "_") for line in imagenet()]
@@ -95,6 +102,7 @@ class TestImageNet:
         [
             ("sorted.txt", "\n".join(sorted(imagenet()))),
             ("short.txt", "\n".join(imagenet()[:397])),
+            ("cut.txt", "{0: 'tench, Tinca tinca',\n 1: 'gold"),
             ("shifted.txt", "\n".join(["background", *imagenet()])),
             ("empty.json", "{}"),
             ("list.json", "[1]"),
