@@ -4,7 +4,7 @@ Shapes: n grid points.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -124,15 +124,16 @@ def training(panels: Series, x_name: str, columns: int) -> Figure:
 
 def learning(panels: Panels, measure: str) -> Figure:
     """Return one panel a currency, `{what was spent: its lines}`, side by side, and a legend above."""
-    count = max(len(lines) for lines in panels.values())
-    figure = _figure(len(panels), -(-count // 4))
+    names = {line.name for lines in panels.values() for line in lines}
+    in_a_row = _in_a_row(names, len(panels))
+    figure = _figure(len(panels), -(-len(names) // in_a_row))
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (currency, lines) in zip(every, panels.items(), strict=True):
         _draw(axes, lines, panels)
         axes.set(xlabel=currency)
         axes.xaxis.set_major_formatter("{x:,.10g}")
     every[0].set(ylabel=measure)
-    _legend(figure, 4)
+    _legend(figure, in_a_row)
     return figure
 
 
@@ -187,6 +188,12 @@ def _grid(number: int, columns: int, legend_rows: int) -> tuple[Figure, list[Axe
 def _figure(columns: int, legend_rows: int, rows: int = 1) -> Figure:
     size = columns * _PANEL[0], rows * _PANEL[1] + 0.25 * legend_rows
     return Figure(size, dpi=_DPI, layout="constrained")
+
+
+def _in_a_row(names: Collection[str], panels: int) -> int:
+    """Return how many names of a legend fit beside each other over so many panels, 4 at most."""
+    longest = max(map(len, names))
+    return max(1, min(4, int(panels * _PANEL[0] / (0.6 + 0.08 * longest))))  # inches: a mark, a letter
 
 
 def _legend(figure: Figure, columns: int) -> None:

@@ -2,8 +2,11 @@
 
 import math
 
+import pytest
 from conftest import assert_close
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from diffrl import plot
 from diffrl.benchmarks import charts, result, suites, summary
 from diffrl.log import print_wide
 
@@ -178,3 +181,12 @@ def test_a_table_of_many_columns_is_printed_whole(capsys):
     out = capsys.readouterr().out
     assert all(name in out for name in names)
     assert out.count("1.500 ± 0.250") == 12
+
+
+@pytest.mark.parametrize("panels", [1, 2])
+def test_a_legend_of_long_names_stays_within_its_figure(panels):
+    lines = [plot.Line(f"a method, variant {n} of it", [n], [0.5], [0.1]) for n in range(4)]
+    figure = plot.frontier({f"price {n}": lines for n in range(panels)}, "accuracy")
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
