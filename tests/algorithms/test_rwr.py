@@ -71,6 +71,26 @@ def test_the_gradient_is_that_of_the_weighted_denoising_error(train_guidance, sc
     assert_close(recorder.gradients[0][0], by_hand, atol=1e-6)
 
 
+def test_each_minibatch_has_the_weights_of_its_own_pictures():
+    """Six pictures of unlike weights in two minibatches of three: those of their hands, in that order."""
+    policy = ToyPolicy(num_labels=1)
+    sizes = {"epochs": 1, "fit_batch_size": 3, "micro_batch_size": 3, "batch_size": 6}
+    algorithm = RWR(max_grad_norm=1e9, **sizes)
+    batch = batch_of(policy, [0.0, 5.0, 10.0, 1.0, 2.0, 3.0])
+    recorder = Recorder(policy)
+    torch.manual_seed(3)
+    algorithm.update([batch], policy, recorder)
+    torch.manual_seed(3)
+    weight = algorithm.weigh(*scored(batch))
+    hands = torch.rand(3, 2).argsort(1) + torch.tensor([[0], [2], [4]])
+    for number, gradient in enumerate(recorder.gradients):
+        torch.randint(1000, (3,))
+        noise = torch.randn(3, 1, 1, 1).double().flatten()
+        by_hand = float((4 * weight[hands[:, number]] * (2 * policy.theta.detach() - noise)).mean())
+        assert_close(gradient[0], by_hand, atol=1e-6)
+    assert number == 1
+
+
 def test_the_rate_falls_within_a_round_to_where_the_next_one_begins(tmp_path, monkeypatch):
     seen = []
     step = torch.optim.AdamW.step
