@@ -1,4 +1,4 @@
-"""The README's tables, from the files in `benchmarks/results/`: `python -m diffrl.benchmarks.readme`.
+"""The tables of the README and of `docs/`, from `benchmarks/results/`: `python -m diffrl.benchmarks.readme`.
 
 A table lies between `<!-- table: NAME -->` and `<!-- end -->`; whatever is between them is replaced.
 """
@@ -16,8 +16,9 @@ _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def written(text: str, results: Path) -> str:
-    """Return a README with every table written anew."""
+    """Return a page with every table written anew."""
     known = {
+        "headline": _headline,
         "emoji": _emoji,
         "exact": _exact,
         "families": lambda results: _suite(results / "emoji.json", *SPENT),
@@ -29,6 +30,31 @@ def written(text: str, results: Path) -> str:
         return _suite(results / f"{name}.json", "pictures drawn")
 
     return _BLOCK.sub(lambda block: f"{block[1]}{table(block[2])}\n{block[3]}", text)
+
+
+def _headline(results: Path) -> str:
+    """Return of each method its cost and the measures of both main suites that a reader asks for first."""
+    one = {row["method"]: row for row in _read(results / "compressibility.json")["rows"]}
+    both = {row["method"]: row for row in _read(results / "multitask.json")["rows"]}
+    lines = []
+    for method, row in one.items():
+        other = both.get(method, {})
+        lines.append(
+            [
+                method,
+                _short(row.get("eval/nfe_per_image")),
+                _short(row.get("eval/seconds_per_image")),
+                _with_interval(row, "eval/accuracy"),
+                _short(row.get("eval/prompt_fidelity")),
+                _short(row.get("eval/kl_nats")),
+                _with_interval(other, "eval/accuracy"),
+                _short(other.get("eval/compressibility/accuracy")),
+                _short(other.get("eval/colourfulness/accuracy")),
+                _short(other.get("eval/prompt_fidelity")),
+            ]
+        )
+    heading = ["", "calls a picture", "seconds a picture", "accuracy", "fidelity", "KL (nats)"]
+    return _markdown([*heading, "2 x 2: both right", "size", "colour", "fidelity"], lines)
 
 
 def _emoji(results: Path) -> str:
@@ -113,12 +139,19 @@ def _mean_and_worst(row: dict[str, Any], measure: str) -> tuple[str, str]:
 
 
 def _with_interval(row: dict[str, Any], measure: str) -> str:
+    """Return a number with its interval's half, to as many decimals."""
     value, half = row.get(measure), row.get(f"{measure}_ci95")
-    return f"{_short(value)} ± {_short(half)}" if half else _short(value)
+    if not half:
+        return _short(value)
+    text = _short(value)
+    _, point, decimals = text.partition(".")
+    if not point and abs(value) < 100:  # a whole number by chance
+        return f"{text} ± {_short(half)}"
+    return f"{text} ± {half:,.{len(decimals)}f}".replace(" 0.", " .", 1)
 
 
 def _short(value: float | None) -> str:
-    """Return a number as the README writes it: .0157, 1.003, 21.3, 10, 2,012, 0, or a dash."""
+    """Return a number as the pages write it: .0157, 1.003, 21.3, 10, 2,012, 0, or a dash."""
     if value is None:
         return "-"
     if abs(value) >= 100 or (value == round(value) and abs(value) != 1):
@@ -134,15 +167,21 @@ def _markdown(heading: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def pages(root: Path) -> list[Path]:
+    """Return the pages that may have tables."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
 def main() -> int:
     """Write the tables; with `--check`, say whether they are as the data say, and change nothing."""
-    path = _ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = written(old, _ROOT / "benchmarks" / "results")
-    if "--check" in sys.argv[1:]:
-        return int(old != new)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    same = True
+    for path in pages(_ROOT):
+        old = path.read_text(encoding="utf-8")
+        new = written(old, _ROOT / "benchmarks" / "results")
+        same &= old == new
+        if "--check" not in sys.argv[1:] and old != new:
+            path.write_text(new, encoding="utf-8")
+    return int("--check" in sys.argv[1:] and not same)
 
 
 if __name__ == "__main__":

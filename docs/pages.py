@@ -2,11 +2,14 @@
 
 A page asks for it in a comment of its own line:
 
-    <!-- readme: HEADING -->        that section of the README; what is before them all without HEADING
+    <!-- readme: HEADING -->        that section of the README; the whole README without HEADING
     <!-- settings: algo=ddpo -->    of the first word's component, with the defaults of all words
     <!-- settings: policy -->       those of the adapters, or of 'run'
     <!-- choices: presets -->       what can be chosen
     <!-- commands: all -->          the usage of each
+
+Links are those of the repository, where the pages can be read too; on the site a file of the project lies at its
+path from the root, beside the pages.
 """
 
 import argparse
@@ -21,47 +24,53 @@ from mkdocs.structure.files import File, Files
 from diffrl import config, help
 from diffrl.cli import commands, parser
 
-ROOT = Path(__file__).resolve().parent.parent
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
 README = ROOT / "README.md"
-_LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)]+)(?=\))")
+_LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#]+)(?=[)#])")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add what the README, and a page it links to, show or offer for download."""
-    pages = [README]
+    """Add what the pages, and the files they link to, show or offer for download."""
+    pages = [README, *DOCS.rglob("*.md")]
     for page in pages:
         for target in _LINK.findall(page.read_text(encoding="utf-8")):
             path = (page.parent / target).resolve()
-            name = _site_path(target) if page == README else path.relative_to(ROOT).as_posix()
-            if path.is_file() and files.get_file_from_path(name) is None:
-                files.append(File.generated(config, name, abs_src_path=str(path)))
+            if not path.is_relative_to(DOCS) and files.get_file_from_path(_site_path(path)) is None:
+                if not path.is_file():
+                    raise PluginError(f"{page}: {target} is no file.")
+                files.append(File.generated(config, _site_path(path), abs_src_path=str(path)))
                 pages += [path] if path.suffix == ".md" else []
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put in what the comments ask for."""
+    """Put in what the comments ask for, and lead the page's own links to where the site has their files."""
     makers = {"readme": _readme, "settings": _settings, "choices": _choices, "commands": _commands}
 
     def put(match: re.Match[str]) -> str:
         return makers[match[1]](match[2].strip(), page.file.src_uri)
 
-    return re.sub(rf"^<!-- ({'|'.join(makers)}):(.*?)-->$", put, markdown, flags=re.MULTILINE)
+    own = _led(markdown, Path(page.file.abs_src_path), page.file.src_uri)
+    return re.sub(rf"^<!-- ({'|'.join(makers)}):(.*?)-->$", put, own, flags=re.MULTILINE)
 
 
 def _readme(heading: str, page: str) -> str:
-    """Return a section's text; its links lead from the page to where `on_files` puts their files."""
-    parts = re.split(r"^## (.*)$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    sections = dict(zip(["", *parts[1::2]], parts[::2], strict=True))
-    if heading not in sections:
-        raise PluginError(f"{page}: the README has no section {heading!r}; it has {', '.join(sections)}")
-    body = sections[heading].removeprefix("# diffrl\n")
+    """Return the README, or a section's text, with its links as from the page."""
+    text = README.read_text(encoding="utf-8")
+    if heading:
+        parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
+        sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+        if heading not in sections:
+            raise PluginError(f"{page}: the README has no section {heading!r}; it has {', '.join(sections)}")
+        text = sections[heading]
+    return _led(text, README, page).strip()
 
-    def lead(match: re.Match[str]) -> str:
-        target = "benchmarks.md" if (ROOT / match[1]).is_dir() else _site_path(match[1])
-        return relpath(target, Path(page).parent.as_posix())
 
-    return _LINK.sub(lead, body).strip()
+def _led(text: str, source: Path, page: str) -> str:
+    """Return a file's text with its links as from a page of the site."""
+    folder = Path(page).parent.as_posix()
+    return _LINK.sub(lambda match: relpath(_site_path((source.parent / match[1]).resolve()), folder), text)
 
 
 def _settings(text: str, page: str) -> str:
@@ -99,9 +108,11 @@ def _commands(_: str, page: str) -> str:
     return "\n\n".join(sections)
 
 
-def _site_path(target: str) -> str:
-    """Return where on the site what the README links to lies."""
-    return target.removeprefix("docs/")
+def _site_path(path: Path) -> str:
+    """Return where on the site a file of the project lies."""
+    if path == README:
+        return "index.md"
+    return path.relative_to(DOCS if path.is_relative_to(DOCS) else ROOT).as_posix()
 
 
 def _cell(text: str) -> str:

@@ -120,12 +120,12 @@ def test_no_file_outgrows_a_sitting():
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 420, path
 
 
-def test_the_readme_s_tables_are_those_of_the_data():
-    from diffrl.benchmarks.readme import written
+def test_the_pages_tables_are_those_of_the_data():
+    from diffrl.benchmarks.readme import pages, written
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count("<!-- table: ") == 4
-    assert written(text, ROOT / "benchmarks" / "results") == text
+    texts = [path.read_text(encoding="utf-8") for path in pages(ROOT)]
+    assert sum(text.count("<!-- table: ") for text in texts) == 6
+    assert [written(text, ROOT / "benchmarks" / "results") for text in texts] == texts
 
 
 def test_a_suite_s_table_shows_a_row_whose_cells_all_failed(tmp_path):
