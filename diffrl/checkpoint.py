@@ -98,7 +98,8 @@ def write(
         ) from error
     there = _steps(parent)
     later = [other for other in there if step_of(other) > step]  # damaged: else the run had begun there
-    olds = [old for old in there[: len(there) - len(later) - keep] if step_of(old) != spare] + later
+    past = max(len(there) - len(later) - keep, 0)
+    olds = [old for old in there[:past] if step_of(old) != spare] + later
     for old in [*olds, *parent.glob(f"*{_DRAFT}*")]:  # drafts: of saves that were killed
         shutil.rmtree(old, ignore_errors=True)
     return folder

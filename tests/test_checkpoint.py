@@ -99,6 +99,14 @@ def test_what_is_written_is_read_and_the_oldest_goes(tmp_path):
     assert checkpoint.step_of(tmp_path / "step-000003") == 3
 
 
+@pytest.mark.parametrize("keep", range(1, 6))
+def test_the_last_so_many_stay(tmp_path, keep):
+    for step in range(1, 9):
+        checkpoint.write(tmp_path, step, TENSORS, STATE, keep=keep)
+        there = [checkpoint.step_of(folder) for folder in checkpoint.newest_first(tmp_path)]
+        assert there == list(range(1, step + 1))[-keep:][::-1]
+
+
 def test_a_later_one_that_is_damaged_does_not_count_among_those_to_keep(tmp_path):
     written(tmp_path, 1)
     (written(tmp_path, 9) / "state.json").unlink()
