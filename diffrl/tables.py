@@ -43,7 +43,8 @@ def control_rows(measures: dict[str, Any], reward: LogLikelihood) -> list[list[s
     rows = [["label", *titles, "accuracy", "J", "log Z", "its ESS", "gap (nats)"]]
     bounds = [attribute.measure.bounds(attribute.edges) for attribute in reward.attributes]
     for number, label in enumerate(every_label(reward.num_classes)):
-        asked = [words[y] for words, y in zip(bounds, label.tolist(), strict=True)]
+        classes = reward.split(label[None])[0].tolist()
+        asked = [words[y] for words, y in zip(bounds, classes, strict=True)]
         formats = {"objective": ".2f", "log_z": ".2f", "log_z_ess": ".0f", "gap": ".2f"}
         known = []
         for key, form in formats.items():

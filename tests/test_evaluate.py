@@ -9,6 +9,9 @@ from test_cli import FAST, fails
 
 from diffrl.cli import main
 from diffrl.evaluate import _control, _index, _log_means
+from diffrl.rewards.classifier import Classifier
+from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
+from diffrl.tables import control_rows
 from diffrl.types import every_label
 
 
@@ -48,6 +51,23 @@ class TestControl:
     def test_a_label_s_index_is_its_place_in_every_label(self):
         labels = every_label((2, 3, 4))
         assert _index(labels, (2, 3, 4)).tolist() == list(range(24))
+
+
+def test_a_joint_label_asks_for_a_class_of_each_measure():
+    """The last measure counts fastest; of sizes the last class is the smaller."""
+    report = FitReport(0, 0, 0.0, 0.0, 0.0, 0.0, 1.0, ())
+    attributes = [
+        Attribute("compressibility", Classifier(2, "dct"), torch.tensor([4.0]), report),
+        Attribute("colourfulness", Classifier(2, "colour"), torch.tensor([15.0]), report),
+    ]
+    rows = control_rows({"per_class": [0.1, 0.2, 0.3, 0.4]}, LogLikelihood(attributes, joint=True))
+    assert rows[0][:4] == ["label", "JPEG size", "colourfulness", "accuracy"]
+    assert [row[:4] for row in rows[1:]] == [
+        ["0", "> 4.00 kB", "< 15.00", "0.100"],
+        ["1", "> 4.00 kB", ">= 15.00", "0.200"],
+        ["2", "<= 4.00 kB", "< 15.00", "0.300"],
+        ["3", "<= 4.00 kB", ">= 15.00", "0.400"],
+    ]
 
 
 def test_prompts_with_labels_are_evaluated_under_their_own(tiny_path, tmp_path, capsys):
