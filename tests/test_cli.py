@@ -312,6 +312,16 @@ class TestSample:
         names = sorted(path.name for path in tmp_path.iterdir())
         assert names == ["cat-label1-00.png", "cat-label1-01.png", "cat-label1-02.png", "cat-label1.png"]
 
+    def test_prompts_too_long_for_a_file_s_name_and_none_have_names_too(self, run, tmp_path):
+        """Two that begin alike have names of their own, and no character is cut in two."""
+        prompts = [f"the {'猫' * 100}", f"the {'猫' * 101}", "cat " * 20, ""]
+        for prompt in prompts:
+            assert main(["sample", str(run), "--prompt", prompt, "-n", "1", "--out", str(tmp_path)]) == 0
+        names = {path.name for path in tmp_path.iterdir()}
+        assert len(names) == 2 * len(prompts)
+        assert {f"{'cat-' * 20}-label-1.png", "empty-label-1.png"} <= names
+        assert sum(name.startswith(f"the-{'猫' * 25}-") for name in names) == 4
+
     def test_a_label_out_of_range_is_named(self, run, capsys):
         line = fails(capsys, "sample", run, "--prompt", "cat", "--label", "2")
         assert "label=2: out of range" in line

@@ -1,11 +1,14 @@
 """Draw pictures with a run's policy."""
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from diffrl.commands.chosen_model import WORDS, load, run_folder
 from diffrl.errors import DiffRLError
+
+_LONGEST = 80  # bytes of a prompt in a file's name, which holds a label and a number too, 255 in all
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         images = draw(actor, options.prompt, label, options.seed)
     folder = options.out or (run_folder(options.words) or Path()) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    stem = options.prompt.replace(" ", "-").replace("/", "-")
+    stem = _stem(options.prompt)
     stem += f"-label{label_name(label)}" if len(label) else ""
     for number, pixels in enumerate(to_pixels(images)):
         Image.fromarray(pixels).save(folder / f"{stem}-{number:02d}.png")
@@ -64,6 +67,15 @@ def run(options: argparse.Namespace) -> None:
         values = measure.of(images).tolist()
         spans.append(f"{min(values):.2f} to {max(values):.2f} {measure.unit or measure.title}")
     console.print(f"{folder / stem}.png: {options.n} pictures, {', '.join(spans)}{of_class}")
+
+
+def _stem(prompt: str) -> str:
+    """Return what the names of a prompt's pictures begin with: of a long one its begin and a hash."""
+    name = prompt.replace(" ", "-").replace("/", "-")
+    if len(name.encode()) > _LONGEST:
+        begin = name.encode()[:_LONGEST].decode(errors="ignore")
+        name = f"{begin}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+    return name or "empty"
 
 
 def _label(text: str, attributes: int) -> Any:
