@@ -29,8 +29,8 @@ from diffrl.policy import LoRA
 CONF = Path(__file__).parent / "conf"
 """Where the presets and suites lie."""
 
-_FILES = {"prompts", "eval_prompts", "dataset", "clip", "mlp", "classifier", "model"}
-"""The settings that may name a file."""
+_FILES = {"prompts", "eval_prompts", "dataset", "clip", "mlp", "classifier"}
+"""The settings that may name a file; of an env its `model` may too, which of a reward is a server's."""
 
 
 @dataclass
@@ -173,7 +173,8 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
 
 def located(config: Config) -> Config:
     """Return the settings with the full paths of files, so that a run can be gone on with from anywhere."""
-    _locate(config)
+    _locate(config, _FILES)
+    _locate(config.env, {"model"})
     return config
 
 
@@ -197,12 +198,12 @@ def to_objects(composed: Any) -> Config:
     return Config(**values)
 
 
-def _locate(part: Any) -> None:
+def _locate(part: Any, names: Collection[str]) -> None:
     for one in fields(part):
         value = getattr(part, one.name)
         if is_dataclass(value) and not isinstance(value, type):
-            _locate(value)
-        elif one.name in _FILES or isinstance(value, Path):
+            _locate(value, names)
+        elif one.name in names or isinstance(value, Path):
             object.__setattr__(part, one.name, _full(value))  # of somebody's, it may be frozen
 
 

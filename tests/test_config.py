@@ -160,6 +160,13 @@ class TestFiles:
         assert "prompts: my words.txt" in text
         assert f"model: {chosen.env.model}" in text
 
+    def test_a_model_is_a_folder_of_an_env_and_a_name_of_a_server(self, words, tmp_path):
+        (tmp_path / "models" / "llava").mkdir(parents=True)
+        words = ["env.model=models/llava", "algo=ddpo", "reward=vlm", "reward.model=models/llava"]
+        chosen = config.load(words)
+        assert chosen.env.model == f"{tmp_path}/models/llava"
+        assert chosen.reward.model == "models/llava"
+
     def test_an_address_is_no_path(self):
         chosen = config.load(
             ["algo=ddpo", "reward=vlm", "reward.model=m", "reward.base_url=http://host/v1"]
