@@ -147,11 +147,14 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
         raise DiffRLError(
             f"{' '.join(str(error).split())} Write key=value, quotes round blanks."
         ) from error
+    for word in words:
+        _check_form(word)
     keys = [override.key_or_group for override in varied]
     given = {key_of(word) for word in words}
     if "env" in keys and "reward" not in given:
         raise DiffRLError("env: several of them in a sweep need one reward that suits all; give reward=...")
-    name = ",".join(f"{key}=${{{'hydra:runtime.choices.' * (key in GROUPS)}{key}}}" for key in keys)
+    groups = {*GROUPS, "experiment"}
+    name = ",".join(f"{key}=${{{'hydra:runtime.choices.' * (key in groups)}{key}}}" for key in keys)
     words = [*_own_reward(words), *overrides]
     words += [] if "root" in given else ["root=${hydra:sweep.dir}"]
     words += [] if "name" in given or not keys else [f"name='{name}'"]
@@ -247,12 +250,16 @@ def _registered(word: str) -> str:
     return f"{key}={register(key, name)}" if equals and key in GROUPS else word
 
 
+def _check_form(word: str) -> None:
+    if "=" not in word or word.startswith("~"):  # Hydra's for a setting to be left out: none may be
+        raise DiffRLError(f"{word}: not of the form key=value.")
+
+
 def _check_groups(overrides: list[str]) -> None:
     known: dict[str, Collection[str]] = {**GROUPS, "experiment": experiments()}
     for word in overrides:
-        group, equals, name = word.lstrip("+").partition("=")
-        if not equals:
-            raise DiffRLError(f"{word}: not of the form key=value.")
+        _check_form(word)
+        group, _, name = word.lstrip("+").partition("=")
         if group in known and name not in known[group]:
             raise unknown(group, name, {*known[group], *installed(group)})
 

@@ -9,6 +9,7 @@ from conftest import assert_close
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffrl import config
 from diffrl.algorithms.ctrl import CTRL
 from diffrl.cli import main
 from diffrl.restore import restore
@@ -184,6 +185,7 @@ class TestTrain:
             (["algo.gamma=strong"], "algo.gamma=strong: Value 'strong'"),
             (["seed=1.5"], "seed=1.5: Value '1.5'"),
             (["gamma"], "gamma: not of the form key=value"),
+            (["~algo=ctrl"], "~algo=ctrl: not of the form key=value"),
             (["reward=jpeg"], "'jpeg' is a black box"),
             (["env.eta=0"], "env.eta=0"),
             (["algo.batch_size=10", "algo.micro_batch_size=4"], "algo.micro_batch_size=4 does not divide"),
@@ -387,9 +389,23 @@ def test_a_sweep_trains_every_combination(tmp_path, monkeypatch, capsys, hasty):
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["algo=ctrl", "algo=ddpo"]
 
 
+def test_a_sweep_over_presets_names_each_run_after_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    config.sweep(["+experiment=ctrl_paper,alignprop", "algo.updates=1,2"], runs.append)
+    assert {run.name: (type(run.algo).__name__, run.algo.updates) for run in runs} == {
+        f"experiment={preset},algo.updates={updates}": (algo, updates)
+        for preset, algo in {"ctrl_paper": "CTRL", "alignprop": "RewardBackprop"}.items()
+        for updates in (1, 2)
+    }
+
+
 def test_mistakes_in_a_sweep_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "Write key=value" in fails(capsys, "train", "-m", "foo")
+    assert "~eval_scales: not of the form key=value" in fails(
+        capsys, "train", "-m", "~eval_scales", "seed=0,1"
+    )
     assert "give reward=" in fails(capsys, "train", "-m", "env=emoji,gaussian_mixture")
     with pytest.raises(SystemExit):
         main(["train", "-m", "env=gaussian_mixture", "algo.gamma=-1,-2", "algo=ctrl"])
