@@ -21,7 +21,9 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 @contextmanager
-def told(setting: str, value: int, folder: Path | None = None, *, of: int = 0) -> Iterator[None]:
+def told(
+    setting: str, value: int, folder: Path | None = None, *, of: int = 0, group: int = 1
+) -> Iterator[None]:
     """Say of memory that runs out here how to go on with less.
 
     Args:
@@ -29,22 +31,24 @@ def told(setting: str, value: int, folder: Path | None = None, *, of: int = 0) -
         value: its own.
         folder: of the run, which goes on from its last checkpoint; None where there is none yet.
         of: what it must divide.
+        group: what must divide it.
 
     Raises:
         DiffRLError: memory has run out.
     """
-    if value == 1:
+    fewer = [size for size in range(group, value // 2 + 1, group) if of % size == 0]
+    if not fewer:
+        least = "One picture" if group == 1 else f"A group of {group} pictures"
         fix = (
-            "One picture at a time is the least. What else takes less, in a run of another name=: "
+            f"{least} at a time is the least. What else takes less, in a run of another name=: "
             "env.precision=bf16, fewer layers in policy.targets, and for a chain of steps, as of ctrl and "
             "reward_backprop, env.checkpointing=true."
         )
     else:
-        less = max(size for size in range(1, value // 2 + 1) if of % size == 0)
-        fix = f"Take fewer at a time: {setting}={less}"
+        fix = f"Take fewer at a time: {setting}={fewer[-1]}"
         if folder is not None:
             go_on = f"diffrl train --resume {quote(str(folder))}"
-            fix = f"Go on with fewer at a time: {go_on} {setting}={less}"
+            fix = f"Go on with fewer at a time: {go_on} {setting}={fewer[-1]}"
     with advised(f"{setting}={value}", fix):
         yield
 

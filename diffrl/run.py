@@ -125,7 +125,8 @@ class Run:
         begin, calls = time.perf_counter(), self.policy.num_calls
         hits: list[Tensor] = []
         drawn: list[tuple[Tensor, Context]] = []
-        with memory.told(AT_A_TIME[0], algo.micro_batch_size, self.folder, of=algo.batch_size):
+        size, batch = algo.micro_batch_size, algo.batch_size
+        with memory.told(AT_A_TIME[0], size, self.folder, of=batch, group=algo.group_size):
             metrics = algo.update(self._collect(hits, drawn), self.policy, self.optimizer)
         if self.surrogate is not None:
             metrics |= self.surrogate.observe(drawn)

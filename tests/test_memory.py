@@ -52,6 +52,12 @@ class TestOutOfMemory:
         assert settings_of(tmp_path / "run").algo.micro_batch_size == 2
         assert numbers(tmp_path / "run")[-1]["update"] == UPDATES
 
+    def test_training_in_groups_says_that_one_of_them_is_the_least(self, words, tmp_path, only_two, capsys):
+        only_two()
+        line = self.line(capsys, words("ddpo", tmp_path, "eval_batch=2", "algo.group_size=4"))
+        assert "algo.micro_batch_size=4: out of memory." in line
+        assert "A group of 4 pictures at a time is the least" in line
+
     def test_drawing_the_data_set_and_evaluating_say_what_would_fit(
         self, words, tmp_path, only_two, capsys
     ):
@@ -81,6 +87,20 @@ def test_the_next_smaller_micro_batch_divides_the_batch(tmp_path):
     for value, of, less in ((6, 6, 3), (9, 9, 3), (5, 5, 1), (4, 12, 2), (7, 0, 3)):
         with pytest.raises(DiffRLError, match=f"name={less}$"), memory.told("name", value, tmp_path, of=of):
             raise MemoryError
+
+
+def test_the_next_smaller_micro_batch_holds_whole_groups(tmp_path):
+    for value, of, group, less in ((16, 48, 4, 8), (12, 24, 4, 4), (12, 24, 6, 6)):
+        with (
+            pytest.raises(DiffRLError, match=f"name={less}$"),
+            memory.told("name", value, tmp_path, of=of, group=group),
+        ):
+            raise MemoryError
+    with (
+        pytest.raises(DiffRLError, match=r"A group of 8 pictures at a time is the least\. What else"),
+        memory.told("name", 8, tmp_path, of=64, group=8),
+    ):
+        raise MemoryError
 
 
 def test_with_one_picture_at_a_time_it_says_what_else_there_is(tmp_path):
