@@ -57,15 +57,14 @@ class Easel:
     @property
     def choices(self) -> list[tuple[str, list[str]]]:
         """What can be asked for: of each attribute its title, and what each class means."""
-        if not isinstance(self.reward, LogLikelihood):
-            return []
-        if self.reward.joint:
-            classes = self.reward.num_classes[0]
-            return [("label", [str(y) for y in range(classes)])]
-        return [
-            (attribute.measure.title, attribute.measure.bounds(attribute.edges))
-            for attribute in self.reward.attributes
-        ]
+        if isinstance(self.reward, LogLikelihood) and not self.reward.joint:
+            return [
+                (attribute.measure.title, attribute.measure.bounds(attribute.edges))
+                for attribute in self.reward.attributes
+            ]
+        counts = self.reward.num_classes  # by number: of a joint label, or of somebody's own reward
+        titles = ["label"] if len(counts) == 1 else [f"attribute {place}" for place in range(len(counts))]
+        return [(title, list(map(str, range(count)))) for title, count in zip(titles, counts, strict=True)]
 
     def draw(
         self, prompt: str, label: Sequence[int], scale: float, seed: int

@@ -75,6 +75,26 @@ def test_each_attribute_offers_its_classes_and_a_run_without_labels_none(
     assert caption.endswith(" kB")
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [[("label", ["0", "1"])], [("attribute 0", ["0", "1"]), ("attribute 1", ["0", "1", "2"])]],
+    ids=len,
+)
+def test_of_a_reward_of_one_s_own_the_classes_are_numbers(choices, tiny_path, tmp_path):
+    counts = tuple(len(classes) for _, classes in choices)
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        f"def red(images, context):\n    return images[:, 0].mean((1, 2))\nred.num_classes = {counts}"
+    )
+    words = [f"env.model={tiny_path}", "algo=ddpo", f"reward={mine}:red", "algo.updates=1"]
+    own = Easel(learnt(tmp_path / "run", *words), 1)
+    assert own.choices == choices
+    first, second = (pixels(own.draw("cat", [y] * len(counts), 1.0, 0)[1]) for y in (0, 1))
+    assert not np.array_equal(first, second)
+    with pytest.raises(DiffRLError, match="label=2: out of range; attribute 0"):
+        own.draw("cat", [2] * len(counts), 1.0, 0)
+
+
 def test_mistakes_are_one_line(easel, learnt_run, tmp_path, capsys, monkeypatch):
     with pytest.raises(DiffRLError, match="label=2: out of range"):
         easel.draw("cat", [2], 1.0, 0)
