@@ -43,11 +43,15 @@ _OF_A_RUN: dict[str, str | list[str]] = {
 def write(sources: list[Path], out: Path) -> Path:
     """Write the report of suites (their JSON, or the folder it lies in) and runs (their folders) to `out`.
 
+    One that is given twice is there once.
+
     Raises:
         DiffRLError: a source that is neither, or half written.
     """
-    runs = [source for source in sources if _is_run(source)]
-    suites = [_section(*_read(source)) for source in sources if source not in runs]
+    found = [each for source in sources for each in _results(source)]
+    unique = {each.resolve(): each for each in found}.values()
+    runs = [each for each in unique if _is_run(each)]
+    suites = [_section(*_read(each)) for each in unique if each not in runs]
     sections = suites + ([_section(*_of_runs(runs))] if runs else [])
     page = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
     names = ", ".join(section["name"] for section in sections)
@@ -60,6 +64,22 @@ def write(sources: list[Path], out: Path) -> Path:
 
 def _is_run(source: Path) -> bool:
     return source.is_dir() and (source / METRICS_FILE).is_file()
+
+
+def _results(source: Path) -> list[Path]:
+    """Return the runs and suites that a source is of: itself, or of a folder of results each of them."""
+    if _is_run(source) or not source.is_dir():
+        return [source]
+    return [path for path in sorted(source.glob("*.json")) if _may_be_suite(path)] or [source]
+
+
+def _may_be_suite(path: Path) -> bool:
+    """Return whether a JSON file is a suite's result, or one that is cut short."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return True  # so that it is named
+    return isinstance(stored, dict) and {"suite", "settings", "cells"} <= stored.keys()
 
 
 def _of_runs(runs: list[Path]) -> tuple[str, Suite, list[dict[str, Any]], Path]:
@@ -87,13 +107,10 @@ def _of_runs(runs: list[Path]) -> tuple[str, Suite, list[dict[str, Any]], Path]:
     return names[0] if len(runs) == 1 else "runs", suite, records, runs[0].parent
 
 
-def _read(source: Path) -> tuple[str, Suite, list[dict[str, Any]], Path]:
+def _read(path: Path) -> tuple[str, Suite, list[dict[str, Any]], Path]:
     """Return name, suite, records of its cells, and the folder where their runs may lie."""
-    path = source / f"{source.name}.json" if source.is_dir() else source
     if not path.is_file():
-        raise DiffRLError(
-            f"{source}: neither a run nor a suite's result; 'diffrl compare' writes NAME.json."
-        )
+        raise DiffRLError(f"{path}: neither a run nor a suite's result; 'diffrl compare' writes NAME.json.")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         suite, records = Suite(**stored["settings"]), stored["cells"]

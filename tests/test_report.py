@@ -149,6 +149,36 @@ def test_several_runs_are_rows_of_one_table_with_one_chart_of_their_curves(suite
     assert html.count(">pictures drawn</text>") == 2
 
 
+def test_a_run_that_is_given_twice_is_one_row(tmp_path):
+    run = tmp_path / "one"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, cell("ctrl", 0)["points"])))
+    out = tmp_path / "r.html"
+    assert main(["report", str(run), f"{run}/../one", "--out", str(out)]) == 0
+    assert re.findall(
+        r'<tr><td data-value="([^"]*)"[^>]*>[^<]*</td><td data-value="(\d)">', out.read_text()
+    ) == [("one", "1")]
+
+
+def test_a_folder_of_results_is_all_the_suites_in_it(suite, tmp_path, monkeypatch, capsys):
+    """As `compare --out` writes them, whatever the folder is called; not what else lies there."""
+    monkeypatch.chdir(suite)
+    out = tmp_path / "r.html"
+    assert main(["report", ".", "mine.json", str(suite), "--out", str(out)]) == 0
+    assert "<title>diffrl: mine</title>" in out.read_text()
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "other.json").write_text('{"kills": 30}')
+    assert "neither a run nor a suite's result" in fails(capsys, "report", results)
+    stored = json.loads((suite / "mine.json").read_text())
+    for name in ("b", "a"):
+        (results / f"{name}.json").write_text(json.dumps(stored | {"suite": name}))
+    assert main(["report", str(results), "--out", str(out)]) == 0
+    assert "<title>diffrl: a, b</title>" in out.read_text()
+    (results / "b.json").write_text(json.dumps(stored)[:-40])
+    assert "b.json: not a whole result" in fails(capsys, "report", results)
+
+
 def test_confusion_has_the_labels_names(suite, tmp_path):
     stored = json.loads((suite / "mine.json").read_text())
     stored["cells"][0]["points"][-1]["eval/labels"] = ["1,0", "1,1"]
