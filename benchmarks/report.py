@@ -202,10 +202,16 @@ def _pictures(records: list[dict[str, Any]], folder: Path) -> list[dict[str, str
     found: dict[str, Path] = {}
     for record in records:
         run = folder / record.get("folder", Cell(record["row"], record["seed"], []).name)
-        pictures = sorted((run / "pictures").glob("*.png"))
+        pictures = sorted((run / "pictures").glob("*.png"), key=_update_of)
         if pictures and "points" in record:
             found.setdefault(record["row"], pictures[-1])
     return [{"name": method, "data": _embedded(path)} for method, path in found.items()]
+
+
+def _update_of(picture: Path) -> int:
+    """Return after which update a run drew a picture; -1 of one that it did not draw."""
+    number = picture.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _embedded(path: Path) -> str:

@@ -1,5 +1,7 @@
 """The report of a suite laid by hand, as text and in a real browser."""
 
+import base64
+import io
 import json
 import re
 
@@ -158,6 +160,19 @@ def test_a_run_that_is_given_twice_is_one_row(tmp_path):
     assert re.findall(
         r'<tr><td data-value="([^"]*)"[^>]*>[^<]*</td><td data-value="(\d)">', out.read_text()
     ) == [("one", "1")]
+
+
+def test_the_picture_is_the_last_update_s_however_many_digits_it_has(tmp_path):
+    run = tmp_path / "one"
+    (run / "pictures").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(json.dumps({"update": 10000, "eval/reward_mean": 0.5}))
+    for name, colour in {"grid-9500": "red", "grid-10000": "blue", "my-own": "green"}.items():
+        Image.new("RGB", (8, 8), colour).save(run / "pictures" / f"{name}.png")
+    out = tmp_path / "r.html"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    (data,) = re.findall(r"data:image/webp;base64,([\w+/=]+)", out.read_text())
+    red, green, blue = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").getpixel((4, 4))
+    assert blue > 200 > 50 > max(red, green)
 
 
 def test_a_folder_of_results_is_all_the_suites_in_it(suite, tmp_path, monkeypatch, capsys):
