@@ -230,7 +230,9 @@ class Run:
             "update": self.update,
             "learning rates": [base * rate for base in self.rates],
             "hash of the adapters": checkpoint.digest(trained),
-            "prompts": self.setup.prompts,
+            "prompts": self.setup.prompts,  # all that older runs claim of them
+            "prompts and labels": _with_labels(self.setup.prompts),
+            "evaluation prompts and labels": _with_labels(self.setup.eval_prompts),
             "hash of the classifier": checkpoint.digest(fixed),
         }
 
@@ -330,6 +332,11 @@ class Run:
 def _moved(then: Any, now: Any) -> bool:
     """Return whether two settings name files that are called alike; what counts of them is claimed."""
     return isinstance(then, str) and isinstance(now, str) and Path(then).name == Path(now).name
+
+
+def _with_labels(prompts: Sequence[str]) -> list[list[Any]]:
+    """Return each prompt with the label that it comes with, in JSON's types."""
+    return [[prompt, *getattr(prompt, "label", ())] for prompt in prompts]
 
 
 def _note(metrics: dict[str, float]) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 from safetensors.torch import load_file
+from test_cli import fails
 from torch.optim import Optimizer
 
 from diffrl import checkpoint
@@ -216,6 +217,52 @@ def test_killed_thirty_times_at_random_moments_it_is_the_run_that_never_was(tmp_
     result = soak(30, RUN, tmp_path, seed=0)
     assert (result["kills"], result["failures"]) == (30, 0), result
     assert result["runs"] > 1
+
+
+def older(run, claims, **settings):
+    """Save a run once more as a version did that made none of these claims, and had these settings."""
+    last = next(checkpoint.newest_first(run / "checkpoints"))
+    stored = checkpoint.read(last)
+    known = {name: claim for name, claim in stored.claims.items() if name not in claims}
+    assert len(known) == len(stored.claims) - len(claims)
+    stored.state["settings"].update(settings)
+    step = checkpoint.step_of(last) + 1
+    checkpoint.write(last.parent, step, stored.tensors, stored.state, claims=known, keep=1)
+
+
+class TestEditedFiles:
+    """Of the user's own, between a stop and the next start."""
+
+    CLAIMS = ("prompts and labels", "evaluation prompts and labels")
+
+    @pytest.mark.parametrize(
+        ("name", "text", "said"),
+        [
+            (
+                "my.csv",
+                "prompt,label\ncat,0\ndog,0\n",
+                "prompts and labels after loading: [['cat', 0], ['dog', 0]], and when it was saved: "
+                "[['cat', 0], ['dog', 1]]",
+            ),
+            (
+                "my.txt",
+                "dog\n",
+                "evaluation prompts and labels after loading: [['dog']], and when it was saved: [['bee']]",
+            ),
+        ],
+    )
+    def test_labels_of_prompts_and_prompts_of_evaluations_are_noticed(
+        self, words, tmp_path, capsys, name, text, said
+    ):
+        (tmp_path / "my.csv").write_text("prompt,label\ncat,0\ndog,1\n")
+        (tmp_path / "my.txt").write_text("bee\n")
+        files = {"prompts": f"{tmp_path}/my.csv", "eval_prompts": f"{tmp_path}/my.txt"}
+        more = [f"{key}={path}" for key, path in files.items()]
+        assert main(words("reward_backprop", tmp_path, "algo.updates=1", *more)) == 0
+        (tmp_path / name).write_text(text)
+        assert said in fails(capsys, "train", "--resume", tmp_path / "run")
+        older(tmp_path / "run", self.CLAIMS, **files)
+        assert main(["train", "--resume", str(tmp_path / "run")]) == 0
 
 
 class TestMistakes:
