@@ -122,6 +122,18 @@ class PictureFiles(Dataset[Example]):
             digest.update(repr((path.name, known, entry.label, entry.score)).encode())
         return digest.hexdigest()
 
+    def content(self) -> str:
+        """Return a hash of what can be learnt: all that the entries tell, and each file's name and size.
+
+        Not of its time of change: a copy of the data set has the same.
+        """
+        digest = hashlib.sha256(str(self.side).encode())
+        for entry in self.entries:
+            path = Path(entry.path)
+            size = path.stat().st_size if path.is_file() else None
+            digest.update(repr((path.name, size, entry.prompt, entry.label, entry.score)).encode())
+        return digest.hexdigest()
+
 
 def stream(data: Pictures, order: Tensor, size: int) -> Iterator[Batch]:
     """Yield the pictures at the places `order`, `size` at a time, those that cannot be read left out.

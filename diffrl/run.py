@@ -75,6 +75,9 @@ class Run:
         self.guards = Guards(self.config.keep_best, self.config.patience, algo.restraint)
         # as they are now: a file of the user's own may be edited later
         self.facts = settings_file.facts(self.config)
+        # of one that is learnt from: what a classifier was fitted to no longer counts
+        learnt = setup.dataset if algo.needs_labels else None
+        self.data = learnt.content() if learnt is not None else None
         self.update = 0  # so many are taken
         self.done = False  # and measured
         self.skipped = 0  # of the last ones, in a row
@@ -233,6 +236,7 @@ class Run:
             "prompts": self.setup.prompts,  # all that older runs claim of them
             "prompts and labels": _with_labels(self.setup.prompts),
             "evaluation prompts and labels": _with_labels(self.setup.eval_prompts),
+            "hash of the data set": self.data,
             "hash of the classifier": checkpoint.digest(fixed),
         }
 

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -297,6 +299,22 @@ def test_the_label_of_a_picture_is_its_own_else_its_score_s_else_true(tmp_path):
     assert torch.equal(labels(), torch.stack([size, torch.tensor([0, 1, 1, 1])], 1))
     table(tmp_path / "d", "label,col_score", ["0;0,9", "1;0,9", "0;1,9", "1;1,9"])
     assert labels().tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]]
+
+
+def test_a_copy_has_the_same_content_and_another_prompt_label_or_size_has_not(tmp_path):
+    folder = paint(tmp_path / "d", "a.png", "b.png")
+    table = folder / "metadata.csv"
+    table.write_text("file_name,label,text\na.png,0,cat\nb.png,1,dog\n")
+    seen = [files(folder).content(), files(folder, side=8).content()]
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(tmp_path / "copy" / "a.png", (0, 0))
+    assert files(tmp_path / "copy").content() == seen[0]
+    for cells in ("a.png,1,cat\nb.png,1,dog", "a.png,0,cat\nb.png,1,cat"):
+        table.write_text(f"file_name,label,text\n{cells}\n")
+        seen.append(files(folder).content())
+    Image.new("RGB", (90, 90)).save(folder / "b.png")
+    seen.append(files(folder).content())
+    assert len(set(seen)) == 5
 
 
 def test_the_fingerprint_follows_pictures_and_labels(tmp_path):

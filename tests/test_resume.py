@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 from safetensors.torch import load_file
 from test_cli import fails
+from test_datasets import noise, table
 from torch.optim import Optimizer
 
 from diffrl import checkpoint
@@ -233,7 +234,7 @@ def older(run, claims, **settings):
 class TestEditedFiles:
     """Of the user's own, between a stop and the next start."""
 
-    CLAIMS = ("prompts and labels", "evaluation prompts and labels")
+    CLAIMS = ("prompts and labels", "evaluation prompts and labels", "hash of the data set")
 
     @pytest.mark.parametrize(
         ("name", "text", "said"),
@@ -263,6 +264,19 @@ class TestEditedFiles:
         assert said in fails(capsys, "train", "--resume", tmp_path / "run")
         older(tmp_path / "run", self.CLAIMS, **files)
         assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+    def test_a_data_set_is_noticed_where_it_is_learnt_from(self, words, tmp_path, capsys):
+        noise(tmp_path / "d", 60)
+        table(tmp_path / "d", "label", [number % 2 for number in range(60)])
+        more = [f"dataset={tmp_path}/d", "algo.updates=1"]
+        assert main(words("classifier_free", tmp_path, *more)) == 0
+        assert main(words("reward_backprop", tmp_path, *more, "name=fitted")) == 0
+        table(tmp_path / "d", "label", [0, *(number % 2 for number in range(1, 60))][::-1])
+        line = fails(capsys, "train", "--resume", tmp_path / "run")
+        assert "hash of the data set after loading: " in line
+        older(tmp_path / "run", self.CLAIMS)
+        for name in ("run", "fitted"):
+            assert main(["train", "--resume", str(tmp_path / name)]) == 0
 
 
 class TestMistakes:
