@@ -1,5 +1,6 @@
 """A run's settings on disk and on the command line: written, read back, compared, asked for again."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ from diffrl import disk
 from diffrl.backbones.loading import fingerprint
 from diffrl.components import CUSTOM, GROUPS, content, register, word_of
 from diffrl.config import Config, chosen, load, located, to_objects, tree
+from diffrl.envs.prompts import LISTS
 from diffrl.errors import DiffRLError
 
 
@@ -77,6 +79,8 @@ def facts(config: Config) -> dict[str, Any]:
         del found[name]
     if "model" in found["env"]:
         found["env"]["model"] = fingerprint(found["env"]["model"])
+    for name in ("prompts", "eval_prompts"):
+        found[name] = _list_content(found[name])
     return _with_content(found)
 
 
@@ -164,6 +168,15 @@ def _with_content(tree: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in tree.items()
     }
+
+
+def _list_content(word: str | None) -> str | None:
+    """Return what chooses prompts, of a file with a hash of its content in the place of its folder."""
+    kind, colon, file = (word or "").rpartition(":")  # as in imagenet_animals:PATH
+    path = Path(file)
+    if word in LISTS or not path.is_file():
+        return word
+    return f"{kind}{colon}{hashlib.sha256(path.read_bytes()).hexdigest()}/{path.name}"
 
 
 def _elsewhere(value: Any) -> Any:

@@ -214,6 +214,22 @@ def test_a_checkpoint_counts_by_its_content_not_by_its_place(tiny_path, tmp_path
     assert not settings_file.same(stored, config.load([f"env.model={tiny_path}", "seed=1"]))
 
 
+@pytest.mark.parametrize("word", ["prompts=", "eval_prompts=", "prompts=imagenet_animals:"])
+def test_a_file_of_prompts_counts_by_its_content_not_by_its_place(tmp_path, word):
+    paths = [tmp_path / name / "my.csv" for name in ("here", "there")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("prompt,label\ncat,0\n")
+    here, there = (config.load([f"{word}{path}"]) for path in paths)
+    record = {"version": compare.__version__, "settings": settings_file.facts(here)}
+    assert compare._ours(record, there, "a: it is", "--out") is record
+    paths[1].write_text("prompt,label\ncat,1\n")
+    with pytest.raises(
+        DiffRLError, match=r"of other settings: (eval_)?prompts was .*/my\.csv, and is .*/my\.csv now"
+    ):
+        compare._ours(record, there, "a: it is", "--out")
+
+
 def test_a_setting_younger_than_a_result_counts_as_its_default():
     stored = settings_file.facts(config.load([]))
     del stored["algo"]["max_grad_norm"], stored["eval_scales"]
