@@ -31,8 +31,9 @@ class Pathwise(Algorithm):
     and `kl_steps` of those that `truncation` never keeps; where it keeps all of them, `kl_steps` of all. So
     is its gradient through the whole chain (`truncation.kind=fixed truncation.path=network`); on the
     shorter paths a step's KL has its gradient at a constant x_t, which leaves out what an action does to
-    the KL of later steps. With null the KL is measured at every step, and has a gradient at the kept ones
-    alone (CTRL's code). A step that is measured costs a call of the reference.
+    the KL of later steps. With null the KL is measured at every step; it has its gradient there on the
+    shorter paths, where the reward's is weighed up to all steps, and at the kept ones alone through the
+    chain or where K is random (CTRL's code). A step that is measured costs a call of the reference.
     """
 
     learning_rate: float = 1e-3  # of the LoRA weights
@@ -93,9 +94,11 @@ class Pathwise(Algorithm):
         if chances is not None:
             factors = [keep / chance if keep else 0.0 for keep, chance in zip(kept, chances, strict=True)]
         weights = None
-        if self.kl_weight and self.kl_steps is not None:
-            assert chances is not None
-            weights = self._kl_weights(env.schedule.kappa, factors, chances, generator)
+        if self.kl_weight and chances is not None:
+            if self.kl_steps is not None:
+                weights = self._kl_weights(env.schedule.kappa, factors, chances, generator)
+            elif posterior_mean is not None:
+                weights = [1.0] * len(kept)
         return rollout(
             env,
             policy,

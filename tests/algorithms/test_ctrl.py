@@ -131,22 +131,24 @@ def test_kl_from_one_random_step_is_unbiased_in_value_and_gradient(tiny):
     assert_close(torch.stack(single).sum(0), kl_and_gradient(None), atol=1e-12, rtol=1e-8)
 
 
-def test_the_default_estimate_is_unbiased_over_the_subset_of_kept_steps(tiny):
+@pytest.mark.parametrize("kl_steps", [1, None])
+def test_the_default_estimate_is_unbiased_over_the_subset_of_kept_steps(tiny, kl_steps):
     """The mean over all six pairs of the window's four steps is the whole window's, value and gradient."""
     policy, env = make(tiny, num_steps=5)
 
     def value_and_gradient(kept):
-        algorithm = CTRL(gamma=3.0, truncation=Truncation(count=len(kept)))
+        algorithm = CTRL(gamma=3.0, truncation=Truncation(count=len(kept)), kl_steps=kl_steps)
         algorithm.truncation.kept = lambda *_: [i in kept for i in range(5)]
         env.reset(seed=5)
         trajectory = algorithm.collect(env, policy, torch.Generator().manual_seed(5))
         kl = trajectory.kl.sum(0).mean()
-        assert len(trajectory.kl) == len(kept) + 1  # and the step that is never kept
+        assert len(trajectory.kl) == (5 if kl_steps is None else len(kept) + 1)  # and one never kept
         gradient = torch.autograd.grad((trajectory.reward - kl / 3).sum(), policy.lora_parameters())
         return torch.cat([kl.detach()[None], *(g.flatten() for g in gradient)])
 
     pairs = [value_and_gradient(pair) for pair in itertools.combinations(range(4), 2)]
-    assert_close(torch.stack(pairs).mean(0), value_and_gradient(range(4)), atol=1e-12, rtol=1e-8)
+    whole = value_and_gradient(range(4))
+    assert_close(torch.stack(pairs).mean(0), whole, atol=1e-12, rtol=1e-8)
 
 
 def test_a_kl_from_some_steps_needs_kept_steps_of_a_known_chance():
