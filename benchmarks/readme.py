@@ -1,6 +1,7 @@
-"""The tables of the README and of `docs/`, from `benchmarks/results/`: `python -m diffrl.benchmarks.readme`.
+"""The tables of the pages, from `benchmarks/results/`: `python -m diffrl.benchmarks.readme`.
 
-A table lies between `<!-- table: NAME -->` and `<!-- end -->`; whatever is between them is replaced.
+The pages are the README and those of `docs/`. A table lies between `<!-- table: NAME -->` and
+`<!-- end -->`; whatever is between them is replaced.
 """
 
 import json
@@ -141,7 +142,7 @@ def _mean_and_worst(row: dict[str, Any], measure: str) -> tuple[str, str]:
 def _with_interval(row: dict[str, Any], measure: str) -> str:
     """Return a number with its interval's half, to as many decimals."""
     value, half = row.get(measure), row.get(f"{measure}_ci95")
-    if not half:
+    if value is None or not half:
         return _short(value)
     text = _short(value)
     _, point, decimals = text.partition(".")

@@ -8,8 +8,8 @@ A page asks for it in a comment of its own line:
     <!-- choices: presets -->       what can be chosen
     <!-- commands: all -->          the usage of each
 
-Links are those of the repository, where the pages can be read too; on the site a file of the project lies at its
-path from the root, beside the pages.
+Links are those of the repository, where the pages can be read too; on the site a file of the project lies
+at its path from the root, beside the pages.
 """
 
 import argparse
@@ -62,7 +62,9 @@ def _readme(heading: str, page: str) -> str:
         parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
         sections = dict(zip(parts[1::2], parts[2::2], strict=True))
         if heading not in sections:
-            raise PluginError(f"{page}: the README has no section {heading!r}; it has {', '.join(sections)}")
+            raise PluginError(
+                f"{page}: the README has no section {heading!r}; it has {', '.join(sections)}"
+            )
         text = sections[heading]
     return _led(text, README, page).strip()
 
