@@ -19,9 +19,9 @@ def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
     """Return one record a row: of every measure of the last evaluation the mean over seeds.
 
     `<measure>_ci95` is half the width of Student's 95% interval of that mean, null with one seed;
-    `<measure>_max` is the largest of the seeds. Of accuracy, and each class's own, it is no less than that
-    of all seeds' pictures, by bootstrap: two seeds that agree by chance are no certainty. Of seconds it is
-    the fewest; see `over_seeds`. A list's numbers are `<measure>/0` and so on.
+    `<measure>_max` is the largest of the seeds. Of accuracies, each class's own and macro F1, it is no less
+    than that of all seeds' pictures: two seeds that agree by chance are no certainty. Of seconds it is the
+    fewest; see `over_seeds`. A list's numbers are `<measure>/0` and so on.
     """
     rows = []
     for row in dict.fromkeys(record["row"] for record in records):
@@ -36,7 +36,7 @@ def summarise(suite: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
         if finished:
             summary |= {"minutes": statistics.mean(record["minutes"] for record in finished)}
             last = [record["points"][-1] for record in finished]
-            of_pictures = _of_pictures([p["eval/confusion"] for p in last if "eval/confusion" in p])
+            of_pictures = _of_pictures(last)
             for name, values in _columns(last).items():
                 mean, half = over_seeds(name, values)
                 if name in of_pictures:
@@ -88,22 +88,46 @@ def spread(point: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_pictures(confusions: list[list[list[int]]]) -> dict[str, float]:
-    """Return the intervals of some evaluations' accuracies, from their counts (asked, true)."""
-    if not confusions:
-        return {}
-    counts = np.sum(confusions, 0)
-    shares = {f"eval/per_class/{y}": np.arange(row.sum()) < row[y] for y, row in enumerate(counts)}
-    shares["eval/accuracy"] = np.concatenate(list(shares.values()))
-    return {name: _bootstrap(hits) for name, hits in shares.items() if len(hits) > 1}
+def _of_pictures(points: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the half widths of the 95% intervals, over pictures, of what counts (asked, true) tell."""
+    found = {}
+    for name in points[0]:
+        group, _, last = name.rpartition("/")
+        if last == "confusion" and all(name in point for point in points):
+            counts = np.sum([point[name] for point in points], 0)
+            found[f"{group}/accuracy"] = _of_share(counts.trace(), counts.sum())
+            found[f"{group}/macro_f1"] = _of_f1(counts)
+            asked = zip(counts.diagonal(), counts.sum(1), strict=True)
+            found |= {f"{group}/per_class/{y}": _of_share(*of) for y, of in enumerate(asked) if of[1]}
+    return found
 
 
-def _bootstrap(hits: np.ndarray) -> float:
-    """Return half the width of the 95% interval of a share over pictures."""
-    found = scipy.stats.bootstrap(
-        (hits,), np.mean, confidence_level=_LEVEL, method="percentile", random_state=0
+def _of_share(hits: int, count: int) -> float:
+    """Return half the width of Wilson's interval, which is none of certainty where all are hits."""
+    low, high = scipy.stats.binomtest(int(hits), int(count)).proportion_ci(_LEVEL, "wilson")
+    return float(high - low) / 2
+
+
+def _of_f1(counts: np.ndarray) -> float:
+    """Return half the width of macro F1's interval by bootstrap over the pictures of a confusion."""
+
+    def macro_f1(pictures: np.ndarray) -> float:
+        drawn = np.bincount(pictures, minlength=counts.size).reshape(counts.shape)
+        return float((2 * drawn.diagonal() / (drawn.sum(0) + drawn.sum(1)).clip(min=1)).mean())
+
+    pictures = np.repeat(np.arange(counts.size), counts.ravel())
+    if len(pictures) < 2:
+        return 0.0
+    low, high = scipy.stats.bootstrap(
+        (pictures,),
+        macro_f1,
+        vectorized=False,
+        n_resamples=999,
+        confidence_level=_LEVEL,
+        method="percentile",
+        random_state=0,
     ).confidence_interval
-    return float(found.high - found.low) / 2
+    return float(high - low) / 2
 
 
 def table(suite: Suite, rows: list[dict[str, Any]]) -> Table:

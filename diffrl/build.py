@@ -15,6 +15,7 @@ from diffrl.envs.prompts import load_prompts
 from diffrl.errors import DiffRLError
 from diffrl.log import console
 from diffrl.policy import Policy
+from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward, stream_seed
 
@@ -85,18 +86,26 @@ class Setup:
         return self.guide(policy, reward, min(num_pictures, at_once))
 
     def guide(self, policy: Policy, reward: Reward, num_pictures: int) -> Guidance:
-        """Return the policy under its guidance, in an env that draws `num_pictures` at once."""
+        """Return the policy under its guidance, in an env that draws `num_pictures` at once.
+
+        A surrogate gives way to what it stands for: it serves training, and a stored run has none.
+        """
         guidance = self.config.guidance
+        if isinstance(reward, OnlineSurrogateReward):
+            reward = reward.of
         env = self.make_env(reward, num_pictures * guidance.population, guidance.population)
         env.prompts = self.eval_prompts
         return guidance.attach(policy, env)
 
     @property
     def target_gamma(self) -> float:
-        """Gamma of the law that is aimed at: the guidance's, else the algorithm's, else 1."""
+        """Gamma of the law that is aimed at: the algorithm's and the guidance's together, else 1.
+
+        Guidance by p(y|x)^g of a policy that has learnt p_ref p(y|x)^a aims at p_ref p(y|x)^(a + g).
+        """
         own = self.config.algo.target_gamma(math.prod(self.backbone.latent_shape))
-        aims = (self.config.guidance.target_gamma, own, 1.0)
-        return next(gamma for gamma in aims if gamma is not None)
+        aims = [gamma for gamma in (own, self.config.guidance.target_gamma) if gamma is not None]
+        return sum(aims) if aims else 1.0
 
     @property
     def z_known(self) -> bool:
@@ -104,8 +113,13 @@ class Setup:
 
         It is of the pictures that the classifier was held against, which a file's were drawn elsewhere.
         """
-        elsewhere = getattr(self.config.reward, "classifier", None)
-        return elsewhere is None and self.eval_prompts == self.prompts
+        if getattr(self.config.reward, "classifier", None) is not None or self.eval_prompts != self.prompts:
+            return False
+        # Z is over all prompts, whatever the label: so must be the pictures that each label is asked of
+        asked: dict[object, set[str]] = {}
+        for prompt in self.prompts:
+            asked.setdefault(getattr(prompt, "label", None), set()).add(str(prompt))
+        return len({frozenset(prompts) for prompts in asked.values()}) == 1
 
     def seed(self, *stream: int) -> int:
         """Return a seed for each purpose, from the run's seed and `stream`."""

@@ -7,6 +7,7 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
@@ -43,10 +44,10 @@ def evaluate(
     measures of `diffrl.quality`, prompt fidelity where there is a judge, cost; of SMC `log_z_hat`, log of
     its mean estimate of Z, for each label: Z under the law of the policy that it guides. Of a control, with
     labels in equal blocks, or each prompt's own where all prompts have one: what `_control` and
-    `_optimality` return (`z_known`: the reward's Z is of this env's model and prompts), and the accuracy
-    that the classifier claims, its mean p(y|x). Of a `stand_in` that was trained on in the reward's place,
-    the mean that it claims. Noise and prompts come from `seed` alone: an evaluation neither reads nor moves
-    a generator of training.
+    `_optimality` return (`z_known`: the reward's Z is of this env's model and prompts), and without the
+    reward's ceiling the mean log p(y|x) and the accuracy that the classifier claims, its mean p(y|x). Of a
+    `stand_in` that was trained on in the reward's place, the mean that it claims. Noise and prompts come
+    from `seed` alone: an evaluation neither reads nor moves a generator of training.
     """
     env = actor.env
     generator = torch.Generator(env.device).manual_seed(seed)
@@ -54,7 +55,7 @@ def evaluate(
     blocks = labels[torch.arange(num_pictures) * len(labels) // num_pictures]
     own = all(isinstance(prompt, LabelledPrompt) for prompt in env.prompts)
     reference = actor.policy.reference if env.schedule.eta > 0 else None
-    rewards, kl, drawn, claimed, targets, log_z_hat = [], [], [], [], [], []
+    rewards, kl, drawn, claimed, log_probs, targets, log_z_hat = [], [], [], [], [], [], []
     prompts: list[str] = []
     at_once = env.num_envs // actor.population
     for start in range(0, num_pictures, at_once):
@@ -71,9 +72,12 @@ def evaluate(
         if isinstance(actor, SMC) and actor.last:  # else r(x_0) has no part in it
             log_z_hat.append(actor.log_z[: len(kept)].cpu())
         drawn.append(trajectory.images[kept].cpu())
+        pictures, context = trajectory.images[kept], trajectory.context.rows(kept)
+        if isinstance(env.reward, LogLikelihood):
+            with torch.no_grad():
+                log_probs.append(env.reward.log_prob(pictures, context).cpu())
         if stand_in is not None:
-            context = trajectory.context.rows(kept)
-            claimed.append(score(stand_in, trajectory.images[kept], context).detach().cpu())
+            claimed.append(score(stand_in, pictures, context).detach().cpu())
         prompts += [trajectory.context.prompts[i] for i in kept.tolist()]
     images, target = torch.cat(drawn), torch.cat(targets)
     reward = torch.cat(rewards)
@@ -85,8 +89,9 @@ def evaluate(
     }
     if isinstance(env.reward, LogLikelihood):
         measures |= _control(env.reward, target, env.reward.true_class(images))
-        measures["mean_logp"] = float(reward.mean())
-        measures["claimed_accuracy"] = float(reward.exp().mean())
+        log_prob = torch.cat(log_probs)
+        measures["mean_logp"] = float(log_prob.mean())
+        measures["claimed_accuracy"] = float(log_prob.exp().mean())
         if kl:
             objective = gamma * reward - torch.cat(kl)
             measures |= _optimality(env.reward, target, objective, gamma if z_known else None)
@@ -108,30 +113,29 @@ def _control(reward: LogLikelihood, target: Tensor, true: Tensor) -> dict[str, A
     """Return how well labels `[n, A]` are obeyed, by the true measures, never by a classifier.
 
     A picture is right if every attribute is; classes are whole labels, named in `labels`. Of several
-    attributes, each one's accuracy and macro F1 besides, as CTRL reports them.
+    attributes, each one's accuracy, macro F1 and confusion besides, as CTRL reports them.
     """
     wanted, got = (_index(label, reward.num_classes) for label in (target, true))
-    labels = list(range(math.prod(reward.num_classes)))
-    confusion = confusion_matrix(wanted, got, labels=labels)
-    measures = _scores(wanted, got, labels) | {
-        "labels": [label_name(label) for label in every_label(reward.num_classes)],
-        "confusion": confusion.tolist(),
-        "per_class": (confusion.diagonal() / confusion.sum(1).clip(min=1)).tolist(),
+    measures = _scores(wanted, got, math.prod(reward.num_classes)) | {
+        "labels": [label_name(label) for label in every_label(reward.num_classes)]
     }
+    confusion = np.array(measures["confusion"])
+    measures["per_class"] = (confusion.diagonal() / confusion.sum(1).clip(min=1)).tolist()
     if len(reward.attributes) > 1:
         split = (reward.split(label).unbind(1) for label in (target, true))
         columns = zip(reward.attributes, *split, strict=True)
         for attribute, own_target, own in columns:
-            own_labels = list(range(attribute.classifier.num_classes))
-            for name, value in _scores(own_target, own, own_labels).items():
+            for name, value in _scores(own_target, own, attribute.classifier.num_classes).items():
                 measures[f"{attribute.name}/{name}"] = value
     return measures
 
 
-def _scores(target: Tensor, guess: Tensor, labels: list[int]) -> dict[str, Any]:
+def _scores(target: Tensor, guess: Tensor, num_classes: int) -> dict[str, Any]:
+    labels = list(range(num_classes))
     return {
         "accuracy": float(accuracy_score(target, guess)),
         "macro_f1": float(f1_score(target, guess, labels=labels, average="macro", zero_division=0)),
+        "confusion": confusion_matrix(target, guess, labels=labels).tolist(),
     }
 
 

@@ -30,10 +30,7 @@ def measure(
     """Return `evaluate`'s measures with this setup's model, prompts and gamma."""
     if isinstance(reward, ClosedForm):
         return MixtureEvaluation(setup, policy, reward).measure(seed)
-    stand_in = None
-    if isinstance(reward, OnlineSurrogateReward):
-        stand_in = reward if reward.num_queries else None
-        reward = reward.of  # a surrogate is judged by what it stands for
+    asked = isinstance(reward, OnlineSurrogateReward) and reward.num_queries
     actor = setup.make_guided(policy, reward, num_pictures)
     gamma = setup.target_gamma
     folder = judge_folder(setup.config.env)
@@ -47,7 +44,7 @@ def measure(
         seed=seed,
         judge=judge,
         clip=clip,
-        stand_in=stand_in,
+        stand_in=reward if asked else None,
     )
 
 

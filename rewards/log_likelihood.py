@@ -6,7 +6,7 @@ attributes. Source: CTRL, arXiv:2406.12120, algorithm 1.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -165,8 +165,15 @@ class LogLikelihood(nn.Module):
 
     def forward(self, images: Tensor, context: Context) -> Tensor:
         """Return sum_a log min(p(y_a|x), ceiling) in nats, `[N]`; 0 for those that are NO_LABEL."""
+        return self._own(images, context, self._capped)
+
+    def log_prob(self, images: Tensor, context: Context) -> Tensor:
+        """Return sum_a log p(y_a|x) in nats, `[N]`, without the ceiling."""
+        return self._own(images, context, lambda log_prob: log_prob)
+
+    def _own(self, images: Tensor, context: Context, seen: Callable[[Tensor], Tensor]) -> Tensor:
         own = [
-            of_label(self._capped(attribute.classifier(images)), label)
+            of_label(seen(attribute.classifier(images)), label)
             for attribute, label in zip(self.attributes, self.split(context.label).unbind(1), strict=True)
         ]
         return torch.stack(own).sum(0)

@@ -7,8 +7,11 @@ import torch
 from conftest import assert_close
 from test_cli import FAST, fails
 
+from diffrl import config
+from diffrl.build import Setup
 from diffrl.cli import main
 from diffrl.evaluate import _control, _index, _log_means
+from diffrl.restore import measure, restore
 from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
 from diffrl.tables import control_rows
@@ -87,6 +90,37 @@ def test_prompts_with_labels_are_evaluated_under_their_own(tiny_path, tmp_path, 
     measures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [sum(row) for row in measures["confusion"]] == [3, 3]
     assert measures["log_z"] is measures["gap"] is None  # Z is of the prompts that were trained on
+
+
+@pytest.mark.parametrize(
+    ("rows", "known"),
+    [
+        ("cat,0 cat,1 dog,0 dog,1", True),
+        ("cat,1 dog,1", True),
+        ("cat,0 dog,1", False),
+        ("cat,0 cat,1 dog,1", False),
+    ],
+)
+def test_z_is_known_where_every_label_is_asked_of_every_prompt(rows, known, tiny_path, tmp_path):
+    path = tmp_path / "words.csv"
+    path.write_text("\n".join(["prompt,label", *rows.split()]))
+    words = [f"env.model={tiny_path}", f"prompts={path}", "reward.num_classes=2"]
+    assert Setup(config.load(words)).z_known == known
+
+
+def test_a_classifier_claims_what_it_says_without_the_ceiling(tiny_path, tmp_path, capsys):
+    words = [f"env.model={tiny_path}", f"root={tmp_path}", "name=run", *FAST]
+    assert main(["train", *words]) == 0
+    measured = []
+    for ceiling in (1.0, 0.4):
+        setup, policy, reward = restore(tmp_path / "run", {})
+        reward.ceiling = ceiling
+        measured.append(measure(setup, policy, reward, 6))
+    free, capped = measured
+    assert_close(free["mean_logp"], free["reward_mean"], atol=1e-6)
+    assert capped["reward_mean"] < free["reward_mean"]
+    for name in ("mean_logp", "claimed_accuracy"):
+        assert_close(capped[name], free[name], atol=1e-6)
 
 
 @pytest.mark.parametrize("guidance", ["reconstruction", "mpgd", "smc", "svdd", "classifier_free"])

@@ -37,7 +37,8 @@ def test_one_seed_has_the_interval_of_its_pictures_and_each_class_is_a_measure()
     # 1.96 sqrt(p (1 - p) / n); on a grid of 1/n
     assert_close(row["eval/per_class/0_ci95"], 1.96 * 0.05, atol=0.006)
     assert_close(row["eval/accuracy_ci95"], 1.96 * math.sqrt(0.75 * 0.25 / 200), atol=0.003)
-    assert row["eval/per_class/1_ci95"] == 0
+    # Wilson's of 100 hits of 100 is [1 / (1 + 1.96^2 / 100), 1]
+    assert_close(row["eval/per_class/1_ci95"], (1 - 1 / (1 + 1.96**2 / 100)) / 2, atol=1e-5)
 
 
 def test_seeds_that_agree_by_chance_have_the_interval_of_their_pictures():
@@ -54,14 +55,26 @@ def test_seeds_that_agree_by_chance_have_the_interval_of_their_pictures():
     # 1.96 sqrt(p (1 - p) / n), of 400 pictures
     assert_close(row["eval/accuracy_ci95"], 1.96 * math.sqrt(0.6 * 0.4 / 400), atol=0.004)
     assert_close(row["eval/per_class/0_ci95"], 12.7062 * 0.1, atol=1e-3)  # Student's is the wider
-    assert row["eval/macro_f1_ci95"] == 0  # no sum over pictures
+    # of classes that are alike macro F1 is nearly the accuracy, and as uncertain
+    assert_close(row["eval/macro_f1_ci95"], row["eval/accuracy_ci95"], atol=0.006)
 
 
-def test_a_class_of_one_picture_has_a_share_and_no_interval():
+def test_each_attribute_s_accuracy_has_the_interval_of_its_pictures():
+    point = {
+        "eval/size/accuracy": 0.8,
+        "eval/size/macro_f1": 0.8,
+        "eval/size/confusion": [[40, 10], [10, 40]],
+    }
+    (row,) = summary.summarise("s", [{"row": "a", "seed": 0, "minutes": 1.0, "points": [point]}])
+    for name in ("accuracy", "macro_f1"):
+        assert_close(row[f"eval/size/{name}_ci95"], 1.96 * 0.04, atol=0.008)
+
+
+def test_a_class_of_one_picture_has_the_widest_interval():
     point = {"eval/accuracy": 0.5, "eval/per_class": [1.0, 0.0], "eval/confusion": [[1, 0], [1, 0]]}
     (row,) = summary.summarise("s", [{"row": "a", "seed": 0, "minutes": 1.0, "points": [point]}])
-    assert (row["eval/per_class/0"], row["eval/per_class/0_ci95"]) == (1.0, None)
-    assert row["eval/accuracy_ci95"] == 0.5  # of two pictures: 0, .5 or 1
+    assert row["eval/per_class/0"] == 1.0
+    assert_close(row["eval/per_class/0_ci95"], (1 - 1 / (1 + 1.96**2)) / 2, atol=1e-4)  # Wilson's
 
 
 def test_seconds_are_the_fewest_of_the_seeds_as_other_work_only_adds_to_them():

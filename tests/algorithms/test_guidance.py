@@ -196,9 +196,23 @@ def law_of(actor, observation):
 
 @pytest.mark.parametrize("guidance", [SVDD(gamma=0.0), SMC(gamma=0.0), Reconstruction(scale=0.0)], ids=repr)
 def test_without_strength_it_aims_at_the_pretrained_law(guidance):
-    setup = Setup(config.load(["env=gaussian_mixture"]))
+    setup = Setup(config.load(["env=gaussian_mixture", "algo=none"]))
     setup.config.guidance = guidance
     assert setup.target_gamma == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "gamma"),
+    [
+        (["algo=none"], 1),  # the posterior itself
+        (["algo=none", "guidance=smc", "guidance.gamma=3"], 3),
+        (["algo=ctrl", "algo.gamma=2"], 2),
+        (["algo=ctrl", "algo.gamma=2", "guidance=smc", "guidance.gamma=3"], 5),
+        (["algo=ctrl", "algo.gamma=2", "guidance=mpgd"], 2),  # aims at no law of its own
+    ],
+)
+def test_guidance_sharpens_what_the_policy_aims_at(words, gamma):
+    assert Setup(config.load(["env=gaussian_mixture", *words])).target_gamma == gamma
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.1])

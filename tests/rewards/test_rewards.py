@@ -234,6 +234,7 @@ class TestLogLikelihood:
         assert_close(value.detach(), log_p.clamp(max=math.log(reward.ceiling)), atol=1e-6)
         (gradient,) = torch.autograd.grad(value.sum(), images)
         assert (gradient.flatten(1).any(1) == ~above).all()
+        assert_close(reward.log_prob(images, context([1] * 40)).detach(), log_p, atol=1e-6)
 
     def test_log_z_is_of_the_reward_under_its_ceiling(self):
         reward = self.reward()

@@ -11,6 +11,7 @@ from test_cli import fails
 import diffrl
 from diffrl import config, settings_file
 from diffrl.benchmarks.soak import bits, numbers
+from diffrl.build import Setup
 from diffrl.cli import main
 from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.types import Context
@@ -105,6 +106,14 @@ def test_when_it_has_learnt_it_has_none_of_the_faults_that_a_check_finds():
     surrogate = OnlineSurrogateReward(of=Brightness())
     surrogate.observe(round_of(64, 0))
     diffrl.check_reward(surrogate)
+
+
+def test_guidance_asks_what_a_surrogate_stands_for(tiny_path):
+    """A run that is opened again has no surrogate: it would say 0 of every candidate."""
+    chosen = ["algo=reward_backprop", "reward=surrogate[jpeg]", "guidance=svdd"]
+    setup = Setup(config.load([f"env.model={tiny_path}", *chosen]))
+    reward = setup.config.reward
+    assert setup.guide(setup.make_policy(()), reward, 2).env.reward is reward.of
 
 
 @pytest.fixture
