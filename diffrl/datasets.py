@@ -3,7 +3,8 @@
 A data set is a folder, of one of three kinds:
 - with `metadata.csv` or `metadata.jsonl`: a row a picture. Columns, by name: `file_name` (or `img_path`),
   `text` (`caption`, `prompt`), `label`, `score`; all but the first may be missing.
-- with `AVA.txt` and a folder `images`: AVA's own list; a mean vote is the column `aes_score`.
+- with `AVA.txt` and a folder `images`: AVA's own list. Its votes are no score of a measure: what CTRL calls
+  aesthetic is LAION's score, by which AVA's pictures are labelled as any others are.
 - of pictures alone.
 
 A picture's class is its `label`; else its score's, between the reward's edges; else its true measure's. A
@@ -285,7 +286,7 @@ def _table(path: Path) -> tuple[list[Row], Path, list[str]]:
 
 
 def _ava(path: Path) -> tuple[list[Row], Path, list[str]]:
-    """Return AVA's rows: index, image id, counts of the votes 1 to 10, and three more that are ignored."""
+    """Return AVA's rows: index, image id, 10 counts of votes, three more; only the id is of use."""
     folder = next((path.parent / name for name in _AVA_PICTURES if (path.parent / name).is_dir()), None)
     if folder is None:
         raise DiffRLError(
@@ -298,11 +299,10 @@ def _ava(path: Path) -> tuple[list[Row], Path, list[str]]:
             image, *votes = (int(word) for word in line.split()[1:12])
             if len(votes) != 10 or min(votes) < 0:
                 raise ValueError
-            mean = sum(k * count for k, count in enumerate(votes, 1)) / sum(votes)
-        except (ValueError, ZeroDivisionError):
+        except ValueError:
             bad.append(number)
             continue
-        rows.append(Row(f"{path}, line {number}", {"file_name": f"{image}.jpg", "aes_score": str(mean)}))
+        rows.append(Row(f"{path}, line {number}", {"file_name": f"{image}.jpg"}))
     if len(bad) >= len(rows):
         raise DiffRLError(
             f"{path}: {len(bad)} of {len(lines)} lines are not AVA's (index, image id, 10 counts of votes, "

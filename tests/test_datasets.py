@@ -87,20 +87,19 @@ class TestKinds:
         assert entry.label == {"compressibility": 1, "colourfulness": 0}
         assert entry.score == {}
 
-    def test_ava_s_scores_are_mean_votes_of_aesthetics_and_of_nothing_else(self, tmp_path):
+    def test_ava_s_list_names_pictures_and_its_votes_are_no_aesthetic_score(self, tmp_path):
         folder = tmp_path / "ava"
         folder.mkdir()
         paint(folder / "images", "954175.jpg", "7.jpg")
-        votes = "0 0 0 0 1 0 0 0 0 3"  # (5 + 3 * 10) / 4
-        lines = [f"1 7 {votes} 1 22 1396", "2 9 none", "", f"3 954175 {'0 ' * 10} 1 2 3"]
+        votes = "0 0 0 0 1 0 0 0 0 3"
+        lines = [f"1 7 {votes} 1 22 1396", "2 9 none", "", f"3 954175 {'-1 ' * 10} 1 2 3"]
         lines += [f"4 954175 {votes}", f"5 8 {votes} 0 0 0", f"6 6 {votes}"]
         (folder / "AVA.txt").write_text("\n".join(lines))
         entries, notes = told(folder, ["aesthetic"])
         names = [str(folder / "images" / f"{name}.jpg") for name in (7, 954175, 8, 6)]
         assert [entry.path for entry in entries] == names
-        assert [entry.score for entry in entries] == [{"aesthetic": 8.75}] * 4
+        assert [entry.score for entry in entries] == [{}] * 4
         assert "3 of 7 lines do not parse and are left out, the first is line 2" in notes[0]
-        assert told(folder)[0][0].score == {}
         assert len(everything(files(folder))[0].images) == 2  # 8 and 6 are missing
 
     def test_pictures_become_squares_of_the_model_s_side_in_zero_to_one(self, tmp_path):
