@@ -7,6 +7,7 @@ that is done for the same settings is not run again, whichever of the two is lef
 import copy
 import functools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from diffrl import __version__, config, disk, settings_file, train
+from diffrl import __version__, config, disk, lock, settings_file, train
 from diffrl.benchmarks import forks
 from diffrl.benchmarks.provenance import provenance
 from diffrl.benchmarks.suites import Cell, Suite
@@ -28,7 +29,7 @@ from diffrl.benchmarks.summary import first_of, several, spread, summarise
 from diffrl.conflicts import check, check_new
 from diffrl.errors import DiffRLError
 from diffrl.log import console, evaluations, progress
-from diffrl.run import AT_A_TIME
+from diffrl.settings_file import AT_A_TIME
 
 _CELL_FILE = "cell.json"
 _TRIAL_SEED = 1000  # no cell's: a row is not judged by the run that chose its value
@@ -121,7 +122,12 @@ def _best(row: str, suite: Suite, trials: list[Record]) -> str | None:
         words[trial["row"]]: trial for trial in trials if trial["row"] in words and "points" in trial
     }
     scores = {word: _score(trial, suite.tune_by) for word, trial in finished.items()}
-    alike = [word for word in scores if scores[word] >= max(scores.values()) - suite.tune_margin]
+    margin = suite.tune_margin
+    if finished and suite.tune_least is not None and max(scores.values()) <= suite.tune_least:
+        scores = {word: _score(trial, "eval/reward_mean") for word, trial in finished.items()}
+        first = finished[max(scores, key=scores.__getitem__)]
+        margin = _score(first, "eval/reward_std") / math.sqrt(_score(first, "eval/n"))
+    alike = [word for word in scores if scores[word] >= max(scores.values()) - margin]
     # such as CLIPScore without a CLIP: then all that are alike are as good
     then = {word: _number(finished[word], suite.tune_then) or 0.0 for word in alike}
     return max(alike, key=lambda word: (then[word], scores[word]), default=None)
@@ -282,13 +288,18 @@ def _run(cell: Cell, settings: config.Config, origin: dict[str, Any]) -> None:
 
 
 def _drop_other(folder: Path, settings: config.Config) -> None:
-    """Delete a run that was stopped on its way, unless it has these settings and can be resumed."""
+    """Delete a run that was stopped on its way, unless it has these settings and can be resumed.
+
+    Raises:
+        DiffRLError: a process is writing to it.
+    """
     try:
         resumable = train.is_of(folder, settings)
     except DiffRLError:  # there is none, or it is of another version
         resumable = False
-    if not resumable:
-        shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir() and not resumable:
+        with lock.held(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _record(path: Path) -> Record | None:

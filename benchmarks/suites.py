@@ -37,6 +37,9 @@ class Suite:
     # those that come as near to it are as good; of them it is the one where `tune_then` is the largest
     tune_margin: float = 0.0
     tune_then: Any = ""  # a measure; of a list, the first that a trial has
+    # where no value comes above this, as with an accuracy at chance, the reward's mean tells which are as
+    # good: those within a standard error of the largest
+    tune_least: float | None = None
     quick: dict[str, list[str]] = field(default_factory=dict)  # words of a row with --quick; `all` of each
 
     def __post_init__(self) -> None:

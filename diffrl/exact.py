@@ -56,7 +56,7 @@ class Measured:
     objective: Tensor  # J = gamma log_prob - kl
     gap: Tensor  # E[V_T] - J, never negative but for rounding
     tv: Tensor  # total variation between the law and the target, in [0, 1]
-    off_grid: float  # the probability that left the grid and was put back on its edge, summed over labels
+    off_grid: float  # the probability that left the grid and was put back on its edge, over all steps
 
 
 class ExactSolver:

@@ -27,6 +27,7 @@ from diffrl.restore import CONFIG_FILE, measure
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rewards.surrogate import OnlineSurrogateReward
+from diffrl.settings_file import AT_A_TIME
 from diffrl.stop import StopSignals
 from diffrl.types import EVALUATION_SEED, Context, Reward, Trajectory
 
@@ -35,9 +36,6 @@ CHECKPOINTS = "checkpoints"
 
 GRID_COLUMNS = 8
 """Pictures in a row of the grid that an evaluation draws."""
-
-AT_A_TIME = ("algo.micro_batch_size", "eval_batch")
-"""How many pictures are held at once: settings of the machine, which may change on the way."""
 
 _ACTIONS, _EPISODES, _SHUFFLES = 2, 5, 6  # streams of random numbers
 _MOST_SKIPPED = 5  # updates in a row without a finite gradient
@@ -279,7 +277,7 @@ class Run:
                 console.print(
                     f"[bold yellow]{folder}[/]: your own file was edited since; it goes on with it."
                 )
-            elif name not in AT_A_TIME and not _moved(then, now):
+            elif not _moved(then, now):
                 raise DiffRLError(
                     f"{folder}: {name} was {then} when it was saved, and is {now} now, in {CONFIG_FILE}. "
                     "Put it back, or train under another name."

@@ -20,6 +20,9 @@ from diffrl.config import Config, chosen, load, located, to_objects, tree
 from diffrl.envs.prompts import LISTS
 from diffrl.errors import DiffRLError
 
+AT_A_TIME = ("algo.micro_batch_size", "eval_batch")
+"""How many pictures are held at once: settings of the machine, which may change on the way."""
+
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the settings of a run's `config.yaml`; those younger than the run are their defaults.
@@ -90,12 +93,13 @@ def same(stored: Mapping[str, Any], config: Config) -> bool:
 
 
 def changed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what two of `facts` each have, of the settings that differ."""
+    """Return what two of `facts` each have, of the settings that differ but for those of `AT_A_TIME`."""
     new, then, defaults = _flat(now), _flat(stored), {}
     if new.keys() - then.keys():
         composed = tree([f"{group}={now['_' + group]}" for group in GROUPS])
         defaults = _flat(OmegaConf.to_container(composed))  # type: ignore[arg-type]
-    both = {name: (then.get(name, defaults.get(name)), new.get(name)) for name in [*new, *then]}
+    names = [name for name in [*new, *then] if name not in AT_A_TIME]
+    both = {name: (then.get(name, defaults.get(name)), new.get(name)) for name in names}
     return {name: pair for name, pair in both.items() if pair[0] != pair[1] or name not in new}
 
 

@@ -31,7 +31,8 @@ from diffrl.restore import (
     untrained,
 )
 from diffrl.rewards.log_likelihood import LogLikelihood
-from diffrl.run import AT_A_TIME, CHECKPOINTS, Run
+from diffrl.run import CHECKPOINTS, Run
+from diffrl.settings_file import AT_A_TIME
 from diffrl.stop import StopSignals
 
 _ELSEWHERE = "Make room, or give another root=FOLDER, and begin again."

@@ -8,7 +8,7 @@ import yaml
 from small_suite import ROWS, SETTINGS, words, write
 from test_cli import fails
 
-from diffrl import config, settings_file
+from diffrl import config, lock, settings_file
 from diffrl.benchmarks import compare, result, suites, summary
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
@@ -101,6 +101,24 @@ def test_how_many_pictures_are_held_is_the_machine_s(tmp_path, monkeypatch):
     assert len(kept) == len(suite.rows)
     for cell in kept:
         assert config.load(cell.words).algo.micro_batch_size == 4
+
+
+def test_a_run_that_went_on_with_fewer_pictures_at_a_time_is_the_cell_s_still(tmp_path):
+    """As where memory ran out, and the advice was followed."""
+    wanted = config.load([*SETTINGS, "algo=ctrl", "name=a"])
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for more, kept in ([*SETTINGS, "algo.micro_batch_size=2"], True), ([*SETTINGS, "seed=1"], False):
+        settings_file.write(config.load([*more, "algo=ctrl", "name=a"]), folder / "config.yaml")
+        with lock.held(folder):  # a process trains it
+            if kept:
+                compare._drop_other(folder, wanted)
+            else:
+                with pytest.raises(DiffRLError, match="another process trains it"):
+                    compare._drop_other(folder, wanted)
+        assert folder.exists()
+        compare._drop_other(folder, wanted)
+        assert folder.exists() == kept
 
 
 @pytest.mark.parametrize("seed", [0, 3])

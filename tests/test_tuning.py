@@ -125,6 +125,20 @@ def test_of_values_that_are_alike_the_second_measure_chooses(margin, best):
     assert compare._best("a", suite, trials) == "algo.gamma=3"  # of those that are alike there too
 
 
+def test_where_none_is_above_chance_the_reward_tells_which_are_alike():
+    """Its standard error is 2 / sqrt(16) = .5: 1 is out, of 2 and 3 the second measure prefers 2."""
+    suite = three(tune_by="m", tune_margin=0.1, tune_then="f", tune_least=0.36)
+    told = {"eval/reward_std": 2.0, "eval/n": 16}
+    trials = [
+        trial(1, m=0.36, f=0.9, **told | {"eval/reward_mean": -7.6}),
+        trial(2, m=0.25, f=0.8, **told | {"eval/reward_mean": -7.4}),
+        trial(3, m=0.20, f=0.1, **told | {"eval/reward_mean": -7.0}),
+    ]
+    assert compare._best("a", suite, trials) == "algo.gamma=2"
+    trials[2]["points"][-1]["m"] = 0.37
+    assert compare._best("a", suite, trials) == "algo.gamma=1"  # both within .1 of it: f decides
+
+
 def test_where_the_second_measure_is_not_to_be_had_the_first_one_chooses_alone():
     """Such as on Stable Diffusion, which has no judge, without a CLIP."""
     suite = three(tune_by="m", tune_margin=0.1, tune_then=["absent", "f"])
