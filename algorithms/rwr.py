@@ -30,13 +30,14 @@ class RWR(DenoisingFit):
 
     With `source=policy` each round starts from the last one's samples (the published method). With
     `source=pretrained` and r = log p(y|x, c), the limit is p_ref(x|c) p(y|x, c)^gamma / Z.
-    One update is one round.
+    One update is one round. Differs from the published code, which decodes its samples and fits to the
+    autoencoder's of them: here x_0 is the sampler's own.
     """
 
     source: str = "policy"  # of the pictures: policy or pretrained
     weights: str = "exponential"  # exponential, percentile or threshold
     gamma: float = 0.2  # in exp(gamma r); published: 1/5 for JPEG sizes in kB
-    percentile: float = 90.0  # of the rewards: what is above is kept, at weight 1
+    percentile: float = 90.0  # of the rewards: it and what is above are kept, at weight 1
     threshold: float = 0.65  # the least reward that is kept, at weight 1
     per_prompt: bool = False  # softmax and percentile within each (prompt, label), not over the batch
     train_guidance: bool = True  # through classifier-free guidance, as the published code does
