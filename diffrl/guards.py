@@ -106,6 +106,9 @@ class Guards:
         if self.metric not in measures or isinstance(value, list):
             known = [name for name, found in measures.items() if not isinstance(found, list)]
             raise unknown("keep_best", self.metric, known)
+        if value is None and self.best is not None:  # it had one before; see `evaluate_mixture`
+            self.stale += 1
+            return
         if not isinstance(value, int | float):
             raise DiffRLError(f"keep_best={self.metric}: {value or 'it has no value with these settings.'}")
         sign = -1 if self.metric.rpartition("/")[2] in _LOWER_IS_BETTER else 1

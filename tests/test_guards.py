@@ -85,6 +85,11 @@ class TestBest:
             DiffRLError, match="keep_best=eval/kl_nats: it has no value with these settings"
         ):
             Guards("eval/kl_nats", None, "").judge(0, {"eval/kl_nats": None})
+        guards = Guards("exact/gap_nats", 1, "")
+        guards.judge(0, {"exact/gap_nats": 1.0})
+        guards.judge(1, {"exact/gap_nats": None})  # off the grid
+        assert guards.exhausted
+        assert guards.best_update == 0
         missing = PRETRAINED | {"eval/clip_score": "not available: give clip=PATH"}
         with pytest.raises(DiffRLError, match="keep_best=eval/clip_score: not available: give clip=PATH"):
             Guards("eval/clip_score", None, "").judge(0, missing)

@@ -21,3 +21,15 @@ def test_the_reward_ends_above_the_target_s_and_the_law_is_narrower(words, tmp_p
     assert first["exact/target_log_prob"] == last["exact/target_log_prob"]
     assert last["exact/width"] < 1 < first["exact/width"]
     assert last["exact/off_grid"] < 0.1  # the law is not narrow for lying at the grid's edge
+
+
+def test_of_a_law_off_the_grid_nothing_is_said_to_be_exact(tmp_path, hasty, capsys):
+    words = [*BACKPROP, "algo.updates=40", "env.num_steps=10", f"root={tmp_path}", "name=run"]
+    words += ["eval_every=1000", "keep_best=exact/tv"]
+    assert main(["train", "env=gaussian_mixture", *words]) == 0
+    assert "leaves the grid, 6 to either side of 0" in " ".join(capsys.readouterr().out.split())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, far, kept = (line for line in lines if "exact/gap_nats" in line)
+    assert far["exact/off_grid"] > 0.05
+    assert far["exact/gap_nats"] is far["exact/tv"] is far["exact/tv_per_label"] is None
+    assert kept["exact/tv"] == first["exact/tv"]  # the run keeps the weights of which something is known
