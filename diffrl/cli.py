@@ -17,7 +17,7 @@ _COMMANDS = (
     "import-ctrl", "list", "completion",
 )  # fmt: skip
 _EPILOG = """\
-settings are Hydra's key=value words, after 'train' or 'fit':
+settings are Hydra's key=value words, after any command that takes them:
   diffrl train                                      ctrl on the emoji model, in minutes, on a laptop
   diffrl train algo.gamma=5000 seed=1 name=strong   any setting by its name
   diffrl train +experiment=emoji_full               a preset; 'diffrl list' shows them

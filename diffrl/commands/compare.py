@@ -11,10 +11,10 @@ from diffrl.errors import DiffRLError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    what = "suite=NAME, settings of all; 'verify' runs a cell again"
+    what = "suite=NAME (see 'diffrl list') and settings of every row; 'verify' trains a finished cell anew"
     parser.add_argument("words", nargs="*", metavar="key=value", help=what)
     parser.add_argument(
-        "--quick", action="store_true", help="one seed, no tuning, less work: a look, no result"
+        "--quick", action="store_true", help="one seed, no tuning, smaller runs: a first look, no result"
     )
     parser.add_argument("--seeds", type=int, help="seeds a row (default: the suite's)")
     parser.add_argument(

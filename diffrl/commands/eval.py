@@ -12,7 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="RUN | key=value", help=WORDS)
     parser.add_argument("-n", type=int, default=512, help="pictures (default 512)")
     parser.add_argument("--seed", type=int, default=42, help="of noise and prompts (default 42)")
-    parser.add_argument("--prompts", help="another list or file than the run's")
+    parser.add_argument("--prompts", help="a list or file to take instead of the run's")
     parser.add_argument("--control-scale", type=float, default=1.0, help="strength (default 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

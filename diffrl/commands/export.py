@@ -11,9 +11,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", default="diffrl", help="diffrl: all of it (default); diffusers, kohya: the LoRA alone"
     )
-    parser.add_argument("-n", type=int, default=64, help="pictures the card's numbers are of (default 64)")
+    parser.add_argument("-n", type=int, default=64, help="pictures for the card's numbers (default 64)")
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload it too, as owner/name")
-    parser.add_argument("--private", action="store_true", help="of a new repository: not for all to see")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 
 def run(options: argparse.Namespace) -> None:
