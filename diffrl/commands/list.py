@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> None:
     for name, words in LISTS.items():
         table.add_row(f"prompts={name}", _words(words))
     table.add_row("prompts=PATH.txt", "one prompt per line")
+    table.add_row("prompts=PATH.csv", "the column prompt and, if they come with labels, label")
+    table.add_row("prompts=imagenet_animals:PATH", "ImageNet's 398 animals, from a file of its classes")
     console.print(table)
 
 
