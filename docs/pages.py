@@ -80,10 +80,12 @@ def _settings(text: str, page: str) -> str:
     words = text.split()
     wanted = {"policy": "policy", "run": "the run"}.get(words[0], words[0])
     chosen = [] if wanted != words[0] or wanted == "policy" else words
-    (section,) = (one for one in help.sections(chosen) if one.title == wanted)
+    titles = (wanted, f"{wanted.partition('=')[0]}=custom")  # what is made of others is named so
+    (section,) = (one for one in help.sections(chosen) if one.title in titles)
     rows = [
         f"| `{key}` | `{value.replace(f'{ROOT}/', '')}` | {_cell(said)} |"
         for key, value, said in section.settings
+        if not key.endswith(".chosen_by")  # nobody sets it
     ]
     if not rows:
         return "No settings."
