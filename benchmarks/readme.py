@@ -140,15 +140,15 @@ def _mean_and_worst(row: dict[str, Any], measure: str) -> tuple[str, str]:
 
 
 def _with_interval(row: dict[str, Any], measure: str) -> str:
-    """Return a number with its interval's half, to as many decimals."""
+    """Return a number with its interval's half, to as many decimals; a narrow column breaks before it."""
     value, half = row.get(measure), row.get(f"{measure}_ci95")
     if value is None or not half:
         return _short(value)
     text = _short(value)
     _, point, decimals = text.partition(".")
-    if not point and abs(value) < 100:  # a whole number by chance
-        return f"{text} ± {_short(half)}"
-    return f"{text} ± {half:,.{len(decimals)}f}".replace(" 0.", " .", 1)
+    whole = not point and abs(value) < 100  # by chance
+    width = _short(half) if whole else f"{half:,.{len(decimals)}f}"
+    return f"{text} ±\N{NO-BREAK SPACE}{width.removeprefix('0') if point else width}"
 
 
 def _short(value: float | None) -> str:

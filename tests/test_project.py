@@ -139,5 +139,5 @@ def test_a_suite_s_table_shows_a_row_whose_cells_all_failed(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(stored))
     text = written("<!-- table: mine -->\nold\n<!-- end -->", tmp_path)
     heading = "|  | seeds | M | pictures drawn |\n| --- | --- | --- | --- |\n"
-    shown = "| a | 1 | .500 ± .250 | 64 |\n| b | 0 | - | - |\n"
+    shown = "| a | 1 | .500 ±\N{NO-BREAK SPACE}.250 | 64 |\n| b | 0 | - | - |\n"
     assert text == f"<!-- table: mine -->\n{heading}{shown}<!-- end -->"
