@@ -19,16 +19,15 @@ from diffrl.algorithms.base import Algorithm
 from diffrl.algorithms.untrained import Untrained
 from diffrl.build import Setup
 from diffrl.config import Config, chosen
-from diffrl.conflicts import is_learned
-from diffrl.learned import make_reward
-from diffrl.policy import Policy
+from diffrl.learned import is_at_hand, make_reward, rehearse
+from diffrl.policy import Policy, Pretrained
+from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.scoring import score
 from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.rollout import rollout
 from diffrl.types import Reward, Trajectory
 
 _PICTURES = 8
-_FIT_PICTURES = 64  # enough for a reward whose gradient is looked at, not its accuracy
 _CLIP_RANGE = 1e-4  # DDPO's: what ratios are held against where the algorithm has none of its own
 _WIDEST = 0.2  # PPO's clip range: a ratio further off than that is no rounding
 _NUDGE = 1e-6  # of an adapter's half that begins at 0; chosen: a thousandth of an optimiser's first step
@@ -73,12 +72,9 @@ def examine(config: Config) -> list[Finding]:
 
 
 def _findings(config: Config) -> Iterator[Finding]:
-    quick = config
-    if is_learned(config.reward) and not config.reward.classifier:
-        quick = replace(config, reward=replace(config.reward, num_pictures=_FIT_PICTURES))
-    setup = Setup(quick)
+    setup = Setup(config)
     policy = setup.make_policy(setup.num_classes())
-    reward = make_reward(setup, policy)
+    reward = _reward(setup, policy)
     env = setup.make_env(reward, _PICTURES)
     noisy = config.env.eta > 0
     reference = policy.reference if noisy else None
@@ -104,6 +100,15 @@ def _findings(config: Config) -> Iterator[Finding]:
             yield Finding("gradients of the weights", "skipped: the reward has none to pass on", None)
             return
     yield from _gradients(setup, policy, reward, config.algo)
+
+
+def _reward(setup: Setup, policy: Policy) -> Reward:
+    """Return the reward, or if it is still to be fitted, one that does for what is looked at here."""
+    if is_at_hand(setup):
+        return make_reward(setup, policy)
+    env = setup.make_env(Jpeg(), _PICTURES)
+    drawn = rollout(env, Pretrained(policy), setup.generator(1), seed=setup.config.seed)
+    return rehearse(setup, drawn.images)
 
 
 def _advised(config: Config, finding: Finding) -> Finding:

@@ -22,12 +22,14 @@ from diffrl.datasets import PictureFiles
 from diffrl.errors import DiffRLError
 from diffrl.log import console, progress
 from diffrl.policy import Policy, Pretrained
+from diffrl.rewards.fit import FEWEST
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import LAYOUT, LogLikelihood
 from diffrl.rollout import rollout
 from diffrl.types import Reward
 
 _FEW = 100  # pictures of a class
+_REHEARSED = 128  # pictures of a rehearsal
 _FITTED = 3  # part of the cache's key: raise it when the same settings come to draw or fit otherwise
 
 
@@ -47,6 +49,33 @@ def make_reward(setup: Setup, policy: Policy) -> Reward:
         reward = _cached(setup, policy)
     reward.ceiling = chosen.ceiling
     return reward.to(setup.device)
+
+
+def is_at_hand(setup: Setup) -> bool:
+    """Return whether `make_reward` has nothing to fit."""
+    chosen = setup.config.reward
+    return not is_learned(chosen) or bool(chosen.classifier) or classifier_file(setup).is_file()
+
+
+def rehearse(setup: Setup, images: Tensor) -> LogLikelihood:
+    """Return the learned reward after a fit to `rehearsal_size` pictures under labels dealt at random.
+
+    It has the layout and the cost of the one that would be fitted, and its gradient, and knows nothing.
+
+    Args:
+        setup: whose reward it is.
+        images: any of the env's, `[N, 3, S, S]`; they are taken several times over.
+    """
+    chosen = setup.config.reward
+    few = images.cpu()[torch.arange(rehearsal_size(setup)) % len(images)]
+    reward: LogLikelihood = chosen.fit(few, 0, from_pretrained=setup.dataset is None, rehearsal=True)
+    reward.ceiling = chosen.ceiling
+    return reward.to(setup.device)
+
+
+def rehearsal_size(setup: Setup) -> int:
+    """Return how many pictures are few, and enough for each class to have some."""
+    return max(_REHEARSED, FEWEST * max(setup.num_classes()))
 
 
 def classifier_file(setup: Setup) -> Path:

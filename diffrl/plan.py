@@ -14,10 +14,9 @@ import torch
 
 from diffrl.build import Setup
 from diffrl.config import Config
-from diffrl.conflicts import is_learned
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import picture_grid
-from diffrl.learned import classifier_file, make_reward
+from diffrl.learned import is_at_hand, make_reward, rehearsal_size, rehearse
 from diffrl.meter import now, peak_memory
 from diffrl.policy import Policy, Pretrained
 from diffrl.restore import measure
@@ -28,7 +27,6 @@ from diffrl.run import GRID_COLUMNS
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Context, Reward, Trajectory
 
-_FITTED = 128  # pictures of a piece
 _LARGE = 100_000_000  # parameters; on a CPU an update of such a network takes minutes
 _FEW_STEPS = 2  # with env.checkpointing the memory does not grow with them
 
@@ -101,25 +99,18 @@ def _setup(config: Config) -> Setup:
 
 
 def _reward(setup: Setup, policy: Policy, meter: _Meter) -> Reward:
-    """Return the reward; one that is not fitted yet is fitted to a few pictures: it costs the same."""
-    chosen = setup.config.reward
-    if not is_learned(chosen) or chosen.classifier or classifier_file(setup).is_file():
+    """Return the reward; the fit of one that is not fitted yet is rehearsed: it costs the same."""
+    if is_at_hand(setup):
         return make_reward(setup, policy)
-    count, at_once = chosen.num_pictures, setup.config.eval_batch
+    count, at_once = setup.config.reward.num_pictures, setup.config.eval_batch
     env = setup.make_env(Jpeg(), at_once)
 
     def draw() -> torch.Tensor:
         return rollout(env, Pretrained(policy), setup.generator(1), seed=0).images
 
     images = meter.note("draw the offline data set", -(-count // at_once), draw)
-    images = images.repeat(-(-_FITTED // at_once), 1, 1, 1)[:_FITTED]
-
-    def fit() -> Any:
-        return chosen.fit(images, 0, from_pretrained=True).to(setup.device)
-
-    reward = meter.note("fit the classifier", count / _FITTED, fit)
-    reward.ceiling = chosen.ceiling
-    return reward
+    times = count / rehearsal_size(setup)
+    return meter.note("fit the classifier", times, lambda: rehearse(setup, images))
 
 
 def _evaluations(setup: Setup, policy: Policy, reward: Reward, meter: _Meter) -> None:

@@ -50,7 +50,9 @@ class Compressibility:
         edges = {} if self.edges is None else {measure: self.edges}
         return load_reward([str(self.classifier)], {measure: self.num_classes}, {}, edges)
 
-    def fit(self, images: Pictures, seed: int, *, from_pretrained: bool) -> LogLikelihood:
+    def fit(
+        self, images: Pictures, seed: int, *, from_pretrained: bool, rehearsal: bool = False
+    ) -> LogLikelihood:
         """Return the reward fitted to a data set or `[M, 3, S, S]`; see `fit_attribute`."""
         (measure,) = self.measures
         published = MEASURES[measure].published_edges(self.num_classes, images.shape[-1])
@@ -63,5 +65,6 @@ class Compressibility:
             seed=seed,
             from_pretrained=from_pretrained,
             copies=self.copies,
+            rehearsal=rehearsal,
         )
         return LogLikelihood([attribute])

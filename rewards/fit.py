@@ -22,6 +22,7 @@ from diffrl.rewards.measures import MEASURES, Measure
 
 HELD_OUT = 0.2  # CTRL: an 80/20 split
 EPOCHS, BATCH, LEARNING_RATE = 60, 64, 3e-3  # chosen: held-out NLL on emoji
+FEWEST = 10  # pictures a class overall; a class of its own may have half
 _DECAY = 35.0  # AdamW's weight decay times sqrt(pictures learnt from): best at 1,200 (1.0) and 26,000 (.2)
 
 
@@ -36,6 +37,7 @@ def fit_attribute(
     from_pretrained: bool,
     networks: Mapping[str, str] | None = None,
     copies: int = 0,
+    rehearsal: bool = False,
 ) -> Attribute:
     """Fit and calibrate p(y|x) on labelled pictures, and return it with the true measure.
 
@@ -54,6 +56,8 @@ def fit_attribute(
         networks: where those lie that the measure stands on, by name.
         copies: altered ones of each picture that is learnt from, labelled by the true measure too; see
             `diffrl.rewards.copies`. The held-out pictures have none.
+        rehearsal: the classes are dealt at random, equally many pictures to each, whatever these show; so
+            any few tell what a fit costs, and what shape it gives.
     """
     generator = torch.Generator().manual_seed(seed)
     networks = networks or {}
@@ -65,13 +69,16 @@ def fit_attribute(
     seen = _read(images, true, measure, classifier)
     label = seen.label
     bounds = _edges(true, seen, num_classes) if edges is None else torch.tensor(edges)
-    if label is None:
+    if rehearsal:
+        label = torch.randperm(len(seen.place), generator=generator) % num_classes
+    elif label is None:
         label = true.class_of(seen.score, bounds)
     counts = label.bincount(minlength=num_classes)
-    if len(label) < 10 * num_classes or int(counts.min()) < 5:
+    if len(label) < FEWEST * num_classes or int(counts.min()) < FEWEST // 2:
         raise DiffRLError(
             f"{measure}: {len(label)} pictures with {counts.tolist()} a class are too few to fit "
-            f"{num_classes} classes: give at least 5 of each class and 10 a class overall, or other edges."
+            f"{num_classes} classes: give at least {FEWEST // 2} of each class and {FEWEST} a class "
+            "overall, or other edges."
         )
     if copies and seen.own:
         raise DiffRLError(
@@ -84,6 +91,8 @@ def fit_attribute(
         train = torch.cat([train, len(label) + torch.arange(len(more[1]))])
         seen.features, label = torch.cat([seen.features, more[0]]), torch.cat([label, more[1]])
     report, log_prob = _fit(classifier, images, seen, label, held_out, train, generator)
+    if rehearsal:
+        classifier.temperature.fill_(1)  # by what chance has dealt it may come to 0 or to infinity
     return Attribute(measure, classifier, bounds, report, log_prob if from_pretrained else None, networks)
 
 

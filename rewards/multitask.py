@@ -66,7 +66,9 @@ class Multitask:
         reward.joint = self.joint
         return reward
 
-    def fit(self, images: Pictures, seed: int, *, from_pretrained: bool) -> LogLikelihood:
+    def fit(
+        self, images: Pictures, seed: int, *, from_pretrained: bool, rehearsal: bool = False
+    ) -> LogLikelihood:
         """Return the reward fitted to a data set or `[M, 3, S, S]`; see `fit_attribute`."""
         attributes = []
         for number, name in enumerate(self.measures):
@@ -83,6 +85,7 @@ class Multitask:
                     from_pretrained=from_pretrained,
                     networks=self._networks(name),
                     copies=self.copies,
+                    rehearsal=rehearsal,
                 )
             )
         return LogLikelihood(attributes, joint=self.joint)

@@ -9,10 +9,14 @@ from test_cli import FAST, fails
 from torch.distributions import Independent
 
 from diffrl import config, doctor
+from diffrl.build import Setup
+from diffrl.cache import cache_folder
 from diffrl.cli import main
+from diffrl.learned import make_reward
 from diffrl.policy import Policy
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rewards.log_likelihood import LogLikelihood
+from diffrl.rollout import rollout
 
 LARGEST = "largest |ratio - 1| before an update"
 FLOOR = "the same in other batch sizes (rounding floor)"
@@ -70,6 +74,26 @@ def test_a_sound_combination_has_no_finding(words, tiny_path):
     checks = [finding.check for finding in found]
     assert (LARGEST in checks) == ("env.eta=0" not in words)
     assert "gradient in every adapter" in checks
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize("word", ["reward.num_classes=8", "reward.edges=[1e-3,9000]"])
+def test_a_classifier_that_few_pictures_could_not_be_fitted_to_is_rehearsed(word, tiny_path):
+    """Eight classes of 40 pictures, or edges between which all of them lie."""
+    found = findings(tiny_path, "algo=ctrl", word)
+    assert unsound(found) == []
+    assert "gradient in every adapter" in [finding.check for finding in found]
+    assert not list(cache_folder().glob("*"))
+
+
+def test_a_classifier_that_is_fitted_already_is_examined_itself(tiny_path, empty_cache, monkeypatch):
+    setup = Setup(config.load(with_fast(tiny_path)))
+    policy = setup.make_policy((2,))
+    reward = make_reward(setup, policy)
+    monkeypatch.setattr(doctor, "rehearse", None)
+    env = setup.make_env(reward, 8)
+    scores = rollout(env, policy, setup.generator(3), seed=0).reward
+    assert findings(tiny_path)[0].value == f"{float(scores.min()):.3g} to {float(scores.max()):.3g}"
 
 
 def test_what_rounding_alone_makes_after_a_step_is_found_in_half_precision(tiny_path):

@@ -57,6 +57,13 @@ def test_what_is_in_the_cache_is_not_drawn_again(tiny_path, tmp_path):
     assert stages(words).keys() == {"load the model", "evaluate", "draw the grids", "update"}
 
 
+@pytest.mark.parametrize("word", ["reward.num_classes=4", "reward.num_classes=20", "reward.edges=[9000]"])
+def test_a_fit_is_timed_whatever_the_few_pictures_that_were_drawn_show(word, tiny_path):
+    told = stages([*SIZES, f"env.model={tiny_path}", "eval_batch=2", word])
+    assert told["draw the offline data set"].times == 1024
+    assert told["fit the classifier"].seconds > 0
+
+
 def test_a_black_box_s_batch_of_episodes_is_held_at_once(tiny_path):
     words = ["algo=ddpo", "reward=jpeg", *SIZES, f"env.model={tiny_path}", "algo.micro_batch_size=2"]
     words += ["algo.minibatches=1"]

@@ -156,6 +156,15 @@ class TestFit:
         ):
             Compressibility(num_classes=2).fit(pictures(8), 0, from_pretrained=True)
 
+    def test_a_rehearsal_deals_the_classes_whatever_the_pictures_show(self):
+        alike = pictures(8)[:1].repeat(30, 1, 1, 1)
+        reward = Compressibility(edges=[1.0, 2.0]).fit(alike, 0, from_pretrained=True, rehearsal=True)
+        (attribute,) = reward.attributes
+        assert attribute.report.class_counts == (10, 10, 10)
+        assert attribute.edges.tolist() == [1.0, 2.0]
+        said = attribute.classifier(alike[:1]).exp()  # no class is likelier by much, of one picture
+        assert 0.1 < said.min() <= said.max() < 0.7
+
     def test_calibration_recovers_a_known_temperature(self):
         generator = torch.Generator().manual_seed(0)
         logits = 2 * torch.randn(20_000, 4, generator=generator)
