@@ -6,7 +6,7 @@ Shapes: N envs, T steps.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -135,6 +135,19 @@ class Algorithm(ABC):
         optimizer.step()
         optimizer.zero_grad()
         return found
+
+
+def resized(algo: Any, size: int, **others: int) -> Any:
+    """Return an algorithm whose update is one micro-batch of `size` pictures, learnt from in one piece.
+
+    Args:
+        algo: is left as it is.
+        size: pictures.
+        others: settings to change besides; an algorithm that has no such setting goes without.
+    """
+    one = {"batch_size": size, "micro_batch_size": size, "group_size": 1, "minibatches": 1}
+    known = {field.name for field in fields(algo)}
+    return replace(algo, **{name: value for name, value in (one | others).items() if name in known})
 
 
 def anneal(optimizer: Optimizer, share: float) -> None:

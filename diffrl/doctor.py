@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrl.algorithms.base import Algorithm
+from diffrl.algorithms.base import Algorithm, resized
 from diffrl.algorithms.untrained import Untrained
 from diffrl.build import Setup
 from diffrl.config import Config, chosen
@@ -280,16 +280,7 @@ class _Recorder:
 
 def _gradients(setup: Setup, policy: Policy, reward: Reward, algo: Algorithm) -> Iterator[Finding]:
     """Take one small update, its step left out, and look at where the gradient arrived."""
-    small: dict[str, Any] = {
-        "batch_size": _PICTURES,
-        "micro_batch_size": _PICTURES,
-        "minibatches": 1,
-        "inner_epochs": 1,
-        "epochs": 1,
-        "fit_batch_size": _PICTURES,
-    }
-    known = {field.name for field in fields(algo)}
-    algo = replace(algo, **{name: value for name, value in small.items() if name in known})
+    algo = resized(algo, _PICTURES, inner_epochs=1, epochs=1, fit_batch_size=_PICTURES)
     recorder: Any = _Recorder(policy)
     env = setup.make_env(reward, _PICTURES)
     env.reset(seed=setup.config.seed)

@@ -7,11 +7,12 @@ The memory is this process's, which has then done all that the run does. Nothing
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
+from diffrl.algorithms.base import resized
 from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.errors import DiffRLError
@@ -161,9 +162,7 @@ class _Update:
     """One update, all of whose pictures are one micro-batch of `size`."""
 
     def __init__(self, setup: Setup, policy: Policy, reward: Reward, algo: Any, size: int) -> None:
-        small = {"batch_size": size, "micro_batch_size": size, "minibatches": 1, "group_size": 1}
-        known = {field.name for field in fields(algo)}
-        self._algo = replace(algo, **{name: small[name] for name in small if name in known})
+        self._algo = resized(algo, size)
         self._policy, self._setup = policy, setup
         self._env, self._optimizer = setup.make_env(reward, size), self._algo.make_optimizer(policy)
         self._env.reset(seed=setup.config.seed)

@@ -19,6 +19,7 @@ from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.rollout import rollout
 
 LARGEST = "largest |ratio - 1| before an update"
+GROUPED = ["algo.group_size=16", "algo.batch_size=32", "algo.micro_batch_size=32"]
 FLOOR = "the same in other batch sizes (rounding floor)"
 
 
@@ -65,6 +66,7 @@ def constant(monkeypatch):
         ["algo=rwr", "reward=jpeg_incompressible"],
         ["algo=reward_backprop", "env.eta=0"],
         ["algo=ctrl", "reward=surrogate[jpeg]"],
+        ["algo=ddpo", "reward=jpeg", *GROUPED],
     ],
     ids=" ".join,
 )

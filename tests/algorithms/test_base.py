@@ -1,10 +1,12 @@
-"""What all algorithms share: how a batch is dealt into minibatches."""
+"""What all algorithms share: how a batch is dealt into minibatches, and how an update is made small."""
 
 import pytest
 import torch
 from conftest import assert_close
 
-from diffrl.algorithms.base import dealt
+from diffrl.algorithms.base import dealt, resized
+from diffrl.algorithms.ctrl import CTRL
+from diffrl.algorithms.ddpo import DDPO
 
 
 @pytest.mark.parametrize(("count", "number"), [(24, 4), (23, 4), (5, 1), (3, 3)])
@@ -30,3 +32,13 @@ def test_an_item_is_in_any_minibatch_with_the_same_chance_and_not_by_its_neighbo
         assert_close(shares, torch.full((3,), 1 / 3), atol=0.025)  # 4 standard errors
     first_in_0, fourth_in_0 = places[:, 0] == 0, places[:, 3] == 0
     assert_close((first_in_0 & fourth_in_0).float().mean(), 1 / 9, atol=0.017)
+
+
+def test_a_resized_update_is_one_micro_batch_and_all_else_stays():
+    algo = DDPO(batch_size=64, micro_batch_size=32, group_size=16, minibatches=4, inner_epochs=3, kl=0.5)
+    small = resized(algo, 8)
+    assert small == DDPO(batch_size=8, micro_batch_size=8, minibatches=1, inner_epochs=3, kl=0.5)
+    assert resized(algo, 8, inner_epochs=1).inner_epochs == 1
+    # of settings that it lacks, none is given to it
+    pathwise = resized(CTRL(batch_size=32, micro_batch_size=16), 8, inner_epochs=1)
+    assert pathwise == CTRL(batch_size=8, micro_batch_size=8)
