@@ -57,18 +57,23 @@ def is_at_hand(setup: Setup) -> bool:
     return not is_learned(chosen) or bool(chosen.classifier) or classifier_file(setup).is_file()
 
 
-def rehearse(setup: Setup, images: Tensor) -> LogLikelihood:
+def rehearse(setup: Setup, pictures: Tensor | PictureFiles) -> LogLikelihood:
     """Return the learned reward after a fit to `rehearsal_size` pictures under labels dealt at random.
 
     It has the layout and the cost of the one that would be fitted, and its gradient, and knows nothing.
 
     Args:
         setup: whose reward it is.
-        images: any of the env's, `[N, 3, S, S]`; they are taken several times over.
+        pictures: any few of the env's, `[N, 3, S, S]`, or those of a data set; each is taken several times
+            if they do not suffice.
     """
-    chosen = setup.config.reward
-    few = images.cpu()[torch.arange(rehearsal_size(setup)) % len(images)]
-    reward: LogLikelihood = chosen.fit(few, 0, from_pretrained=setup.dataset is None, rehearsal=True)
+    chosen, few = setup.config.reward, torch.arange(rehearsal_size(setup)) % len(pictures)
+    if isinstance(pictures, PictureFiles):
+        entries = [pictures.entries[place] for place in few.tolist()]
+        pictures = PictureFiles(entries, pictures.side, pictures.workers)
+    else:
+        pictures = pictures.cpu()[few]
+    reward: LogLikelihood = chosen.fit(pictures, 0, from_pretrained=setup.dataset is None, rehearsal=True)
     reward.ceiling = chosen.ceiling
     return reward.to(setup.device)
 

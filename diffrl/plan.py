@@ -15,6 +15,7 @@ import torch
 from diffrl.algorithms.base import resized
 from diffrl.build import Setup
 from diffrl.config import Config
+from diffrl.datasets import PictureFiles
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import picture_grid
 from diffrl.learned import is_at_hand, make_reward, rehearsal_size, rehearse
@@ -103,20 +104,26 @@ def _reward(setup: Setup, policy: Policy, meter: _Meter) -> Reward:
     """Return the reward; the fit of one that is not fitted yet is rehearsed: it costs the same."""
     if is_at_hand(setup):
         return make_reward(setup, policy)
-    count, at_once = setup.config.reward.num_pictures, setup.config.eval_batch
-    env = setup.make_env(Jpeg(), at_once)
+    pictures: torch.Tensor | PictureFiles
+    if setup.dataset is not None:
+        pictures, count = setup.dataset, len(setup.dataset)
+    else:
+        count = setup.config.reward.num_pictures
+        at_once = min(setup.config.eval_batch, count)
+        env = setup.make_env(Jpeg(), at_once)
 
-    def draw() -> torch.Tensor:
-        return rollout(env, Pretrained(policy), setup.generator(1), seed=0).images
+        def draw() -> torch.Tensor:
+            return rollout(env, Pretrained(policy), setup.generator(1), seed=0).images
 
-    images = meter.note("draw the offline data set", -(-count // at_once), draw)
+        pictures = meter.note("draw the offline data set", -(-count // at_once), draw)
     times = count / rehearsal_size(setup)
-    return meter.note("fit the classifier", times, lambda: rehearse(setup, images))
+    return meter.note("fit the classifier", times, lambda: rehearse(setup, pictures))
 
 
 def _evaluations(setup: Setup, policy: Policy, reward: Reward, meter: _Meter) -> None:
     config, few = setup.config, setup.config.eval_pictures
     before_last = 1 + (config.algo.updates - 1) // config.eval_every if config.algo.updates else 0
+    before_last += config.keep_best is not None  # of the last update's weights, before the best are taken
     if isinstance(reward, ClosedForm):
         meter.note("evaluate", before_last + 1, lambda: measure(setup, policy, reward, few))
         return

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from diffrl import config
 from diffrl import plan as planning
@@ -47,6 +48,28 @@ def test_it_counts_the_network_calls_that_training_makes(words, tiny_path, tmp_p
         assert told["draw the offline data set"].calls == 128 * 3
     else:
         assert "fit the classifier" not in told
+
+
+def test_the_one_more_evaluation_of_a_run_that_keeps_its_best_is_counted(tiny_path, tmp_path):
+    words = ["algo=ddpo", "reward=jpeg", "algo.batch_size=2", "algo.micro_batch_size=2", *SIZES]
+    words += ["algo.minibatches=1", f"env.model={tiny_path}", f"root={tmp_path}", "name=run"]
+    words += ["keep_best=eval/reward_mean"]
+    told = stages(words)
+    train(config.load(words))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    taken = [json.loads(line)["update"] for line in lines if "eval/reward_mean" in line]
+    assert taken == [0, 2, 3, 3]
+    assert told["draw the grids"].times == 4
+    assert told["evaluate"].calls == (3 * (2 + 1) + (4 * 2 + 1)) * 4 * 3
+
+
+def test_of_a_data_set_nothing_is_drawn_and_its_own_pictures_are_fitted(tiny_path, tmp_path):
+    for number in range(30):
+        Image.new("RGB", (16, 16), (8 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    words = [*SIZES, f"env.model={tiny_path}", f"dataset={tmp_path}", "reward.num_classes=2"]
+    told = stages(words)
+    assert told.keys() == {"load the model", "fit the classifier", "evaluate", "draw the grids", "update"}
+    assert (told["fit the classifier"].times, told["fit the classifier"].calls) == (30 / 128, 0)
 
 
 def test_what_is_in_the_cache_is_not_drawn_again(tiny_path, tmp_path):
