@@ -193,7 +193,10 @@ def component(group: str, word: str) -> type:
         raise DiffRLError(
             f"{group}={word}: {package} fails at {point.value}: {type(error).__name__}: {error}"
         ) from error
-    return as_component(group, word, own, line=f"{point.attr} of {package}.")
+    made: Any = as_component(group, word, own, line=f"{point.attr} of {package}.")
+    # what it does is decided by more than its settings
+    made.from_package = [package, point.dist.version if point.dist else None, point.value]
+    return made
 
 
 def _is_made(word: str) -> bool:

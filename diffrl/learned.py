@@ -165,7 +165,8 @@ def _pictures_file(setup: Setup) -> Path:
 def _drawn_by(setup: Setup) -> list[Any]:
     """Return what decides the pictures besides the seed and their number."""
     env = settings_file.facts(setup.config)["env"]
-    return [env, setup.prompts, setup.config.eval_batch, str(setup.device.type)]
+    whose = getattr(setup.config.env, "from_package", [])  # it may have all of emoji's settings
+    return [env, setup.prompts, setup.config.eval_batch, str(setup.device.type), *whose]
 
 
 def _classifier_key(setup: Setup) -> str:

@@ -9,7 +9,8 @@ import torch
 from conftest import assert_close
 from test_cli import fails
 
-from diffrl import components, config, settings_file
+from diffrl import components, config, learned, settings_file
+from diffrl.build import Setup
 from diffrl.cli import main
 from diffrl.errors import DiffRLError
 
@@ -77,6 +78,14 @@ class Unset:
 class Unloaded:
     num_steps: int = 4
 """
+PLAIN = """
+from diffrl.envs.emoji import Emoji
+
+class Plain(Emoji):
+    "Another model, and no setting of its own."
+    def load(self):
+        return super().load()
+"""
 PACKAGE = """
 import torch
 
@@ -97,6 +106,8 @@ darkness = their_rewards:darkness
 broken = their_lost_module:Anything
 [diffrl.algorithms]
 theirs = their_algorithms:Ascent
+[diffrl.envs]
+plain = their_envs:Plain
 """
 
 
@@ -117,11 +128,12 @@ def package(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text(POINTS)
     (site / "their_rewards.py").write_text(PACKAGE)
     (site / "their_algorithms.py").write_text(ALGORITHM)
+    (site / "their_envs.py").write_text(PLAIN)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setattr(components, "GROUPS", known := {k: dict(v) for k, v in components.GROUPS.items()})
     monkeypatch.setattr(config, "GROUPS", known)
     yield
-    for name in ("their_rewards", "their_algorithms"):
+    for name in ("their_rewards", "their_algorithms", "their_envs"):
         sys.modules.pop(name, None)
 
 
@@ -208,3 +220,18 @@ class TestInstalledPackages:
     def test_a_misspelt_one_is_found(self, package):
         with pytest.raises(DiffRLError, match="Did you mean 'brightness'"):
             config.load(["reward=brigtness"])
+
+    def test_an_env_of_theirs_has_its_own_classifier_and_another_version_another(
+        self, package, tiny_path, tmp_path
+    ):
+        def places(env):
+            setup = Setup(config.load([f"env={env}", f"env.model={tiny_path}"]))
+            return learned.classifier_file(setup), learned._pictures_file(setup)
+
+        before = places("plain")
+        about = tmp_path / "site" / "their_package-1.0.dist-info" / "METADATA"
+        about.write_text(about.read_text().replace("1.0", "1.1"))
+        del components.GROUPS["env"]["plain"]  # as in another process
+        assert all(
+            len(set(found)) == 3 for found in zip(places("emoji"), before, places("plain"), strict=True)
+        )
