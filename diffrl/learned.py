@@ -24,7 +24,7 @@ from diffrl.log import console, progress
 from diffrl.policy import Policy, Pretrained
 from diffrl.rewards.fit import FEWEST
 from diffrl.rewards.jpeg import Jpeg
-from diffrl.rewards.log_likelihood import LAYOUT, LogLikelihood
+from diffrl.rewards.log_likelihood import LAYOUT, LogLikelihood, ReplacedNetworksError
 from diffrl.rollout import rollout
 from diffrl.types import Reward
 
@@ -94,15 +94,24 @@ def _cached(setup: Setup, policy: Policy) -> LogLikelihood:
     with processes.led():  # by the one that speaks; the others wait at the lock, without a time limit
         lock = FileLock(f"{path}.lock").acquire()  # cells of a suite want the same one at once
     with lock:
-        if path.is_file():
-            console.print(f"classifier: from the cache, {path}")
-            reward = LogLikelihood.load(path)
-        else:
+        reward = _loaded(path) if path.is_file() else None
+        if reward is None:
             reward = _fitted(setup, policy)
             reward.save(path)
             if setup.dataset is None:
                 _forget_pictures(setup)
     _warn_of_few(reward)
+    return reward
+
+
+def _loaded(path: Path) -> LogLikelihood | None:
+    """Return what the cache has; None if it stands on networks that were replaced since."""
+    try:
+        reward = LogLikelihood.load(path)
+    except ReplacedNetworksError:
+        console.print("classifier: fitted anew, as the networks of the one in the cache were replaced")
+        return None
+    console.print(f"classifier: from the cache, {path}")
     return reward
 
 

@@ -30,6 +30,10 @@ LAYOUT = 2
 _PROBE_TOLERANCE = 0.02  # of a measure on another machine; two CLIPs differ by far more
 
 
+class ReplacedNetworksError(DiffRLError):
+    """Other networks lie where those did that a classifier was fitted with."""
+
+
 @dataclass(frozen=True)
 class FitReport:
     """How good a classifier is on pictures it was not fitted to."""
@@ -246,7 +250,8 @@ class LogLikelihood(nn.Module):
         """Return what `save` wrote.
 
         Raises:
-            DiffRLError: no such file, or not a whole one of ours; networks that are not those of the fit.
+            DiffRLError: no such file, or not a whole one of ours.
+            ReplacedNetworksError: networks that are not those of the fit.
         """
         config, tensors = _read(path)
         attributes = []
@@ -260,7 +265,7 @@ class LogLikelihood(nn.Module):
             known = tensors.get(f"attributes.{number}.pretrained_log_prob")
             attribute = Attribute(facts["measure"], classifier, edges, FitReport(**report), known, networks)
             if networks and abs(attribute.probe() - facts["probe"]) > _PROBE_TOLERANCE:
-                raise DiffRLError(
+                raise ReplacedNetworksError(
                     f"{path}: was fitted with other networks than lie at {' and '.join(networks.values())} "
                     "now. Put those back, or run 'diffrl fit' again."
                 )

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close
+from safetensors.torch import save_file
+from tiny_clip import head, head_state, write_clip
 
 from diffrl import config, learned
 from diffrl.build import Setup
 from diffrl.cache import cache_folder
 from diffrl.errors import DiffRLError
 from diffrl.policy import Pretrained
+from diffrl.rewards import aesthetic
 from diffrl.rewards.jpeg import Jpeg, jpeg_kilobytes
 from diffrl.rollout import rollout
 
@@ -71,3 +74,21 @@ def test_a_disk_that_fills_up_with_pictures_keeps_none_and_says_where(tiny_path,
     with pytest.raises(DiffRLError, match=why):
         learned.make_reward(setup, setup.make_policy((2,)))
     assert not list(cache_folder().glob("*.pictures"))
+
+
+def test_a_classifier_whose_networks_were_replaced_is_fitted_anew(tiny_path, empty_cache, tmp_path, capsys):
+    clip, mlp = write_clip(tmp_path / "clip"), tmp_path / "mlp.safetensors"
+    words = [f"env.model={tiny_path}", "env.num_steps=2", "reward=multitask", "reward.num_pictures=40"]
+    words += ["reward.measures=[aesthetic]", f"reward.clip={clip}", f"reward.mlp={mlp}"]
+    probes, found = [], []
+    for seed in (0, 1, 1):
+        save_file(head_state(head(1, seed)), mlp)
+        aesthetic._head.cache_clear()  # as in another process
+        setup = Setup(config.load(words))
+        (attribute,) = learned.make_reward(setup, setup.make_policy((2,))).attributes
+        probes.append(attribute.probe())
+        found.append(attribute.edges.tolist())
+    assert abs(probes[0] - probes[1]) > 0.1
+    assert found[0] != found[1] == found[2]
+    assert len(list(cache_folder().glob("*.safetensors"))) == 1
+    assert capsys.readouterr().out.count("from the cache") == 1  # the third
