@@ -83,6 +83,7 @@ def check(config: Config) -> None:
 
 def check_new(config: Config) -> None:
     """Raise DiffRLError for settings that no run can begin with, though one that is there may have them."""
+    _check_dataset(config)
     if config.keep_best is not None:
         num_dims = getattr(config.env, "num_dims", None)
         guards.check_metric(
@@ -106,6 +107,24 @@ def judge_folder(env: Any) -> Path | None:
     model = getattr(env, "model", None)  # an env of somebody's may have none
     folder = Path(model) / "judge" if model else None
     return folder if folder is not None and folder.is_dir() else None
+
+
+def _check_dataset(config: Config) -> None:
+    """A data set is learnt from, or a classifier is fitted to it; else nothing would read its pictures."""
+    points = getattr(config.env, "num_dims", None) is not None  # of which `check` says that it has none
+    fits = is_learned(config.reward) and not config.reward.classifier
+    if config.dataset is None or points or fits or config.algo.needs_labels:
+        return
+    name, reward = settings.chosen(config, "algo"), settings.chosen(config, "reward")
+    if is_learned(config.reward):
+        raise DiffRLError(
+            f"dataset={config.dataset} reward.classifier={config.reward.classifier}: is fitted already, "
+            f"and algo={name} learns from no data set. Leave one of them out."
+        )
+    raise DiffRLError(
+        f"algo={name} reward={reward} dataset={config.dataset}: nothing reads it, {name} learns from no "
+        f"data set and {reward!r} is not fitted to one. Leave it out, or use reward=compressibility."
+    )
 
 
 def _check_guidance(config: Config) -> None:

@@ -199,6 +199,14 @@ class TestTrain:
             (["env.precision=fp16"], "env.precision=fp16: gradients underflow in it"),
             (["dataset=/no/such/place"], "dataset=/no/such/place: no such folder"),
             (["dataset=/", "env=gaussian_mixture"], "dataset=/: for pictures"),
+            (
+                ["dataset=/", "algo=ddpo", "reward=jpeg"],
+                "algo=ddpo reward=jpeg dataset=/: nothing reads it",
+            ),
+            (
+                ["dataset=/", "reward.classifier=c.safetensors"],
+                "reward.classifier=c.safetensors: is fitted",
+            ),
             (["device=quantum"], "device=quantum: no such device"),
             (["reward.classifier=none.safetensors"], "none.safetensors: no such classifier"),
             (["env=gaussian_mixture", "eval_scales=[2]"], "eval_scales=[2.0]: for pictures"),
