@@ -24,9 +24,9 @@ import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor
-from torch.optim import SGD
 
 from diffrl.algorithms.pathwise import Pathwise
+from diffrl.algorithms.recorder import Recorder
 from diffrl.benchmarks.provenance import provenance
 from diffrl.build import Setup
 from diffrl.config import key_of
@@ -74,7 +74,7 @@ def measure(run: Path, rows: Sequence[str], rounds: int) -> list[dict[str, Any]]
 
 def gradient(setup: Setup, policy: Policy, env: DenoisingVectorEnv, algo: Pathwise, number: int) -> Tensor:
     """Return the gradient of one batch, flat, as the optimiser is given it; `number` seeds its noise."""
-    recorder = _Recorder([*policy.lora_parameters(), *policy.embedding_parameters()])
+    recorder = Recorder(policy)
 
     def batch() -> Iterator[Trajectory]:
         for part in range(algo.batch_size // algo.micro_batch_size):
@@ -82,7 +82,7 @@ def gradient(setup: Setup, policy: Policy, env: DenoisingVectorEnv, algo: Pathwi
             yield algo.collect(env, policy, setup.generator(_ACTIONS, number, part))
 
     algo.update(batch(), policy, recorder)
-    return recorder.last
+    return torch.cat([part.flatten() for part in recorder.gradients.values()]).cpu()
 
 
 def compared(
@@ -108,19 +108,6 @@ def compared(
         )
     price = records[0]["variance"] * records[0]["seconds"]
     return [each | {"variance_seconds": each["variance"] * each["seconds"] / price} for each in records]
-
-
-class _Recorder(SGD):
-    """Takes no step: it keeps the gradient that it is given."""
-
-    def __init__(self, parameters: list[Any]) -> None:
-        super().__init__(parameters, lr=0.0)
-        self.last = torch.empty(0)
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        parameters = self.param_groups[0]["params"]
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        self.last = torch.cat([part.flatten() for part in parts]).cpu()
 
 
 def _algorithm(run: Path, words: list[str]) -> Pathwise:

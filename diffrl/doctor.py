@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffrl.algorithms.base import Algorithm, resized
+from diffrl.algorithms.recorder import Recorder
 from diffrl.algorithms.untrained import Untrained
 from diffrl.build import Setup
 from diffrl.config import Config, chosen
@@ -260,34 +261,17 @@ def _reward_gradient(episodes: Trajectory, reward: Reward) -> Finding:
     )
 
 
-class _Recorder:
-    """Stands in for the optimiser: remembers the first step's gradients and moves nothing."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.gradients: dict[str, Tensor] = {}
-        self.param_groups: list[dict[str, Any]] = []
-
-    def step(self) -> None:
-        for name, parameter in self.policy.named_parameters(remove_duplicate=False):
-            if parameter.grad is not None and name not in self.gradients:
-                self.gradients[name] = parameter.grad.clone()
-
-    def zero_grad(self) -> None:
-        for parameter in self.policy.parameters():
-            parameter.grad = None
-
-
 def _gradients(setup: Setup, policy: Policy, reward: Reward, algo: Algorithm) -> Iterator[Finding]:
     """Take one small update, its step left out, and look at where the gradient arrived."""
     algo = resized(algo, _PICTURES, inner_epochs=1, epochs=1, fit_batch_size=_PICTURES)
-    recorder: Any = _Recorder(policy)
+    recorder = Recorder(policy)
     env = setup.make_env(reward, _PICTURES)
     env.reset(seed=setup.config.seed)
     algo.update([algo.collect(env, policy, setup.generator(4))], policy, recorder)
     # the other half of each adapter, A, has gradient 0 as long as B is 0
-    adapters = [name for name in dict(policy.named_parameters()) if "lora_B" in name]
-    found = recorder.gradients
+    adapters = [name for name, _ in policy.named_parameters() if "lora_B" in name]
+    named = policy.named_parameters(remove_duplicate=False)
+    found = {name: recorder.gradients[p] for name, p in named if p in recorder.gradients}
     dead = [name for name in adapters if name not in found or not found[name].any()]
     layer = (dead or [""])[0].partition(".lora_B")[0]
     yield Finding(
