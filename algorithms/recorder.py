@@ -23,6 +23,14 @@ class Recorder(SGD):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Keep the gradients, if they are the first."""
+        self._keep()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Keep the first gradients here too: those that are not finite are dropped without a step."""
+        self._keep()
+        super().zero_grad(set_to_none)
+
+    def _keep(self) -> None:
         trained = self.param_groups[0]["params"]
         if not self.gradients and any(p.grad is not None for p in trained):
             self.gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained}

@@ -245,6 +245,22 @@ def test_a_dead_adapter_and_a_deaf_embedding_are_found(tiny_path, monkeypatch):
     assert "drop_label" not in deaf  # a setting of classifier_free
 
 
+def test_an_overflow_along_the_steps_is_told_from_a_missing_gradient(tiny_path, monkeypatch):
+    """`Algorithm.step` drops such a gradient, and takes no step."""
+    original = Policy._eps
+
+    def overflowing(self, *inputs):
+        eps = original(self, *inputs)
+        if eps.requires_grad:
+            eps.register_hook(lambda gradient: gradient * float("inf"))
+        return eps
+
+    monkeypatch.setattr(Policy, "_eps", overflowing)
+    said = advice(findings(tiny_path, "algo=ctrl"))
+    assert list(said) == ["gradients finite"]
+    assert "lower algo.gamma" in said["gradients finite"]
+
+
 def test_the_command_prints_the_report_and_fails_if_something_is_bad(tiny_path, capsys, monkeypatch):
     words = [f"env.model={tiny_path}", *FAST]
     assert main(["doctor", *words]) == 0
