@@ -98,11 +98,17 @@ def test_a_black_box_s_batch_of_episodes_is_held_at_once(tiny_path):
 
 def test_a_large_model_on_a_cpu_is_asked_for_its_memory_alone(tiny_path, monkeypatch, capsys):
     monkeypatch.setattr(planning, "_LARGE", 0)
+    update, taken = planning._Update.__call__, []
+    monkeypatch.setattr(planning._Update, "__call__", lambda self: (taken.append(30), update(self)))
+    monkeypatch.setattr(planning, "peak_memory", lambda cuda: 100 + sum(taken))
     words = [*SIZES, f"env.model={tiny_path}", "algo.batch_size=16", "algo.truncation.low=2"]
-    told = stages([*words, "algo.micro_batch_size=16"])
-    assert told.keys() == {"load the model", "update"}
-    assert told["update"].seconds is None
-    assert told["update"].memory >= told["load the model"].memory
+    for size, most in ((1, 130), (16, 100 + 16 * 30)):
+        taken.clear()
+        told = stages([*words, f"algo.micro_batch_size={size}"])
+        assert told.keys() == {"load the model", "update"}
+        assert (told["load the model"].memory, told["update"].memory) == (100, most)
+        assert told["update"].seconds is None
+        assert len(taken) == 1  # of one picture
     assert main(["plan", *words]) == 0
     assert "not timed" in capsys.readouterr().out
 
