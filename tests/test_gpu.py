@@ -27,6 +27,14 @@ ALGORITHMS = {
     "classifier_free": ["algo=classifier_free", "algo.epochs=2"],
 }
 SOME = ("ctrl", "ddpo")
+BRIGHT = """
+class Bright:
+    "How bright a picture is: so steep that four steps show it."
+    differentiable = True
+
+    def __call__(self, images, context):
+        return 2000 * images.mean((1, 2, 3))
+"""
 
 
 def train(tiny_path, root, *words):
@@ -64,12 +72,26 @@ def test_a_run_is_resumed_to_where_it_was(name, tiny_path, tmp_path):
         assert torch.allclose(value, whole[key], rtol=1e-2, atol=1e-4), key
 
 
-@pytest.mark.parametrize("guidance", ["reconstruction", "mpgd", "smc", "svdd", "classifier_free"])
-def test_every_guidance_draws(guidance, tiny_path, tmp_path, capsys):
-    assert main(train(tiny_path, tmp_path, "algo.updates=1")) == 0
+def measures(capsys, *words):
     capsys.readouterr()
-    assert main(["eval", str(tmp_path / "run"), f"guidance={guidance}", "-n", "4", "--json"]) == 0
-    assert 0 <= json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] <= 1
+    assert main(["eval", *map(str, words), "-n", "16", "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("guidance", ["reconstruction", "mpgd", "smc", "svdd"])
+def test_guidance_raises_the_reward_that_it_goes_by(guidance, tiny_path, tmp_path, capsys):
+    (tmp_path / "bright.py").write_text(BRIGHT)
+    words = [f"env.model={tiny_path}", f"device={DEVICE}", "env.num_steps=4"]
+    words += [f"reward={tmp_path / 'bright.py'}:Bright"]
+    plain, guided = (measures(capsys, *words, f"guidance={name}") for name in ("none", guidance))
+    assert guided["reward_mean"] > plain["reward_mean"]
+
+
+def test_classifier_free_guidance_leads_further_than_the_policy_goes(learnt_run, capsys):
+    plain, guided = (
+        measures(capsys, learnt_run, f"guidance={name}") for name in ("none", "classifier_free")
+    )
+    assert guided["kl_nats"] > plain["kl_nats"]
 
 
 @pytest.mark.parametrize("form", ["diffrl", "diffusers", "kohya"])
