@@ -53,7 +53,7 @@ def test_verify_refuses_a_cell_whose_words_mean_other_settings_now(tuned):
         compare.verify(suites.load(str(tuned)), tuned.parent / "cells" / "mine", [cell], 0)
 
 
-def test_verify_takes_a_cell_whose_folder_is_gone_from_the_result(tuned, tmp_path, monkeypatch):
+def test_a_cell_whose_folder_is_gone_is_read_from_the_result(tuned, tmp_path):
     stored = json.loads((tuned.parent / "cells" / "mine" / "mine.json").read_text())
     kept = tmp_path / "plain-seed0"
     kept.mkdir()
