@@ -34,28 +34,36 @@ def written(text: str, results: Path) -> str:
 
 
 def _headline(results: Path) -> str:
-    """Return of each method its cost and the measures of both main suites that a reader asks for first."""
-    one = {row["method"]: row for row in _read(results / "compressibility.json")["rows"]}
-    both = {row["method"]: row for row in _read(results / "multitask.json")["rows"]}
+    """Return of each method its cost and the measures of the main suites that a reader asks for first.
+
+    Those of two controls at once are left out as long as there are none.
+    """
+    one, both = (
+        {row["method"]: row for row in _read(results / f"{suite}.json")["rows"]}
+        for suite in ("compressibility", "multitask")
+    )
+    heading = ["", "calls a picture", "seconds a picture", "accuracy", "fidelity", "KL (nats)"]
+    heading += ["2 x 2: both right", "size", "colour", "fidelity"] if both else []
     lines = []
     for method, row in one.items():
-        other = both.get(method, {})
-        lines.append(
-            [
-                method,
-                _short(row.get("eval/nfe_per_image")),
-                _short(row.get("eval/seconds_per_image")),
-                _with_interval(row, "eval/accuracy"),
-                _short(row.get("eval/prompt_fidelity")),
-                _short(row.get("eval/kl_nats")),
+        line = [
+            method,
+            _short(row.get("eval/nfe_per_image")),
+            _short(row.get("eval/seconds_per_image")),
+            _with_interval(row, "eval/accuracy"),
+            _short(row.get("eval/prompt_fidelity")),
+            _short(row.get("eval/kl_nats")),
+        ]
+        if both:
+            other = both.get(method, {})
+            line += [
                 _with_interval(other, "eval/accuracy"),
                 _short(other.get("eval/compressibility/accuracy")),
                 _short(other.get("eval/colourfulness/accuracy")),
                 _short(other.get("eval/prompt_fidelity")),
             ]
-        )
-    heading = ["", "calls a picture", "seconds a picture", "accuracy", "fidelity", "KL (nats)"]
-    return _markdown([*heading, "2 x 2: both right", "size", "colour", "fidelity"], lines)
+        lines.append(line)
+    return _markdown(heading, lines)
 
 
 def _emoji(results: Path) -> str:
