@@ -110,7 +110,7 @@ def _exact(results: Path) -> str:
                 *_mean_and_worst(row, "exact/gap_nats"),
                 *_mean_and_worst(row, "exact/gap_gaussian_nats"),
                 *_mean_and_worst(row, "exact/tv"),
-                f"{_short(log_prob)} ({_short(target)})",
+                "-" if log_prob is None else f"{_short(log_prob)} ({_short(target)})",
                 _short(width),
                 _short(row.get("sampled/z_ratio")),
                 f"{60 * row['minutes']:.0f}",
