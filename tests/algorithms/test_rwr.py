@@ -52,23 +52,28 @@ def test_a_threshold_that_nothing_reaches_is_named():
         algorithm.update([batch_of(policy, [1.0, 2.0, 0.0, 1.0])], policy, Recorder(policy))
 
 
+def learnt_from_six(algorithm, policy):
+    """Return weights and gradients of an update; the generator is then where the update found it."""
+    batch = batch_of(policy, [0.0, 5.0, 10.0, 1.0, 2.0, 3.0])
+    recorder = Recorder(policy)
+    torch.manual_seed(3)
+    algorithm.update([batch], policy, recorder)
+    torch.manual_seed(3)
+    return algorithm.weigh(*scored(batch)), recorder.gradients
+
+
 @pytest.mark.parametrize(("train_guidance", "scale"), [(True, 2.0), (False, 1.0)])
 def test_the_gradient_is_that_of_the_weighted_denoising_error(train_guidance, scale):
     """eps_theta = s theta, s the guidance's scale: 2 s E[w (s theta - noise)]."""
     policy = ToyPolicy(num_labels=1)
     sizes = {"epochs": 1, "fit_batch_size": 6, "micro_batch_size": 3, "batch_size": 6}
     algorithm = RWR(train_guidance=train_guidance, max_grad_norm=1e9, **sizes)
-    batch = batch_of(policy, [0.0, 5.0, 10.0, 1.0, 2.0, 3.0])
-    recorder = Recorder(policy)
-    torch.manual_seed(3)
-    algorithm.update([batch], policy, recorder)
-    torch.manual_seed(3)
-    weight = algorithm.weigh(*scored(batch))
+    weight, gradients = learnt_from_six(algorithm, policy)
     torch.rand(6, 1)  # deals them into one minibatch
     torch.randint(1000, (6,))
     noise = torch.randn(6, 1, 1, 1).double().flatten()
     by_hand = float((2 * scale * weight * (scale * policy.theta.detach() - noise)).mean())
-    assert_close(recorder.gradients[0][0], by_hand, atol=1e-6)
+    assert_close(gradients[0][0], by_hand, atol=1e-6)
 
 
 def test_each_minibatch_has_the_weights_of_its_own_pictures():
@@ -76,14 +81,9 @@ def test_each_minibatch_has_the_weights_of_its_own_pictures():
     policy = ToyPolicy(num_labels=1)
     sizes = {"epochs": 1, "fit_batch_size": 3, "micro_batch_size": 3, "batch_size": 6}
     algorithm = RWR(max_grad_norm=1e9, **sizes)
-    batch = batch_of(policy, [0.0, 5.0, 10.0, 1.0, 2.0, 3.0])
-    recorder = Recorder(policy)
-    torch.manual_seed(3)
-    algorithm.update([batch], policy, recorder)
-    torch.manual_seed(3)
-    weight = algorithm.weigh(*scored(batch))
+    weight, gradients = learnt_from_six(algorithm, policy)
     hands = torch.rand(3, 2).argsort(1) + torch.tensor([[0], [2], [4]])
-    for number, gradient in enumerate(recorder.gradients):
+    for number, gradient in enumerate(gradients):
         torch.randint(1000, (3,))
         noise = torch.randn(3, 1, 1, 1).double().flatten()
         by_hand = float((4 * weight[hands[:, number]] * (2 * policy.theta.detach() - noise)).mean())
