@@ -17,6 +17,7 @@ files of CTRL, arXiv:2406.12120.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,24 +116,22 @@ class PictureFiles(Dataset[Example]):
 
     def fingerprint(self) -> str:
         """Return a hash of what the entries tell and of each file's name, size and time of change."""
-        digest = hashlib.sha256(str(self.side).encode())
-        for entry in self.entries:
-            path = Path(entry.path)
-            state = path.stat() if path.is_file() else None
-            known = (state.st_size, state.st_mtime_ns) if state else None
-            digest.update(repr((path.name, known, entry.label, entry.score)).encode())
-        return digest.hexdigest()
+        return self._digest(lambda entry, file: (file and (file.st_size, file.st_mtime_ns), entry.label))
 
     def content(self) -> str:
         """Return a hash of what can be learnt: all that the entries tell, and each file's name and size.
 
         Not of its time of change: a copy of the data set has the same.
         """
+        return self._digest(lambda entry, file: (file and file.st_size, entry.prompt, entry.label))
+
+    def _digest(self, known: Callable[[Entry, os.stat_result | None], tuple[Any, ...]]) -> str:
+        """Return a hash of each entry's file name and score, and of what is `known` of it and its file."""
         digest = hashlib.sha256(str(self.side).encode())
         for entry in self.entries:
             path = Path(entry.path)
-            size = path.stat().st_size if path.is_file() else None
-            digest.update(repr((path.name, size, entry.prompt, entry.label, entry.score)).encode())
+            file = path.stat() if path.is_file() else None
+            digest.update(repr((path.name, *known(entry, file), entry.score)).encode())
         return digest.hexdigest()
 
 
