@@ -65,6 +65,27 @@ def compare(
     Returns:
         The records of all cells, in the suite's order, and those of the trials that tuned them.
     """
+    rows = _rows(suite, words, quick)
+    _wanted([Cell(row, 0, chosen) for row, chosen in rows.items()], folder)  # before an hour of trials
+    known, tried = earlier
+    trials: list[Record] = []
+    if not quick:
+        rows, trials = _tuned(rows, suite, folder, jobs, tried, lambda found: save(list(known), found))
+    number = seeds or (1 if quick else suite.seeds)
+    # seed by seed: a suite that is stopped has something of every row
+    cells = [Cell(row, seed, [*rows[row], f"seed={seed}"]) for seed in range(number) for row in rows]
+    others = [record for record in known if record["row"] in rows]  # seeds that are not asked for
+    others += [_failure(row, seed) for seed in range(number) for row in suite.rows if row not in rows]
+    done = _run_all(cells, folder, jobs, known, lambda found: save(_merged(found, others), trials))
+    return _merged(done, others), trials
+
+
+def _rows(suite: Suite, words: list[str], quick: bool) -> dict[str, list[str]]:
+    """Return the words of each row, without a seed.
+
+    Raises:
+        DiffRLError: the user's words set what the suite sets itself.
+    """
     own = {"seed", "name", "root", *(config.key_of(word) for row in suite.rows.values() for word in row)}
     own |= set() if quick else {key for grid in suite.tune.values() for key in grid}
     own -= set(AT_A_TIME)  # of the machine
@@ -74,35 +95,41 @@ def compare(
                 f"{word}: the suite sets {config.key_of(word)} itself; change it in a suite of your own."
             )
     hurry = suite.quick if quick else {}
-    rows = {
+    return {
         row: [*suite.settings, *chosen, *hurry.get("all", []), *hurry.get(row, []), *words]
         for row, chosen in suite.rows.items()
     }
-    _wanted([Cell(row, 0, chosen) for row, chosen in rows.items()], folder)  # before an hour of trials
-    known, tried = earlier
-    trials: list[Record] = []
-    if not quick:
-        alike = [*suite.tune_settings, f"seed={_TRIAL_SEED}"]
-        cells = [
-            Cell(f"{row} {word}", _TRIAL_SEED, [*rows[row], *alike, word])
-            for row in suite.tune
-            for word in suite.candidates(row)
-        ]
-        trials = _run_all(cells, folder / "tune", jobs, tried, lambda done: save(list(known), done))
-        for row in suite.tune:
-            if best := _best(row, suite, trials):
-                rows[row] = [*rows[row], best]
-            else:
-                why = f"all its trials did; see the logs in {folder / 'tune'}"
-                console.print(f"[bold red]{row} failed[/]: {why}")
-                del rows[row]
-    number = seeds or (1 if quick else suite.seeds)
-    # seed by seed: a suite that is stopped has something of every row
-    cells = [Cell(row, seed, [*rows[row], f"seed={seed}"]) for seed in range(number) for row in rows]
-    others = [record for record in known if record["row"] in rows]  # seeds that are not asked for
-    others += [_failure(row, seed) for seed in range(number) for row in suite.rows if row not in rows]
-    done = _run_all(cells, folder, jobs, known, lambda done: save(_merged(done, others), trials))
-    return _merged(done, others), trials
+
+
+def _tuned(
+    rows: dict[str, list[str]],
+    suite: Suite,
+    folder: Path,
+    jobs: int,
+    tried: Sequence[Record],
+    save: Callable[[list[Record]], object],
+) -> tuple[dict[str, list[str]], list[Record]]:
+    """Run the trials; return the rows with the best value of each, without those whose trials all failed.
+
+    The records of trials that the suite asks for no longer are kept, after the others.
+    """
+    alike = [*suite.tune_settings, f"seed={_TRIAL_SEED}"]
+    cells = [
+        Cell(f"{row} {word}", _TRIAL_SEED, [*rows[row], *alike, word])
+        for row in suite.tune
+        for word in suite.candidates(row)
+    ]
+    done = _run_all(cells, folder / "tune", jobs, tried, lambda found: save(_merged(found, tried)))
+    trials = _merged(done, tried)
+    tuned = dict(rows)
+    for row in suite.tune:
+        if best := _best(row, suite, trials):
+            tuned[row] = [*rows[row], best]
+        else:
+            why = f"all its trials did; see the logs in {folder / 'tune'}"
+            console.print(f"[bold red]{row} failed[/]: {why}")
+            del tuned[row]
+    return tuned, trials
 
 
 def read(folder: Path, earlier: Sequence[Record] = ()) -> list[Record]:
@@ -213,7 +240,7 @@ def _run_all(
             if others:
                 said = f"{', '.join(sorted(others))}; this is {now[what]}"
                 console.print(f"[bold]some are of other {what}[/]: {said}")
-    lock = threading.Lock()
+    saving = threading.Lock()
     context = forks.server()
     threads = threads or max(torch.get_num_threads() // jobs, 1)  # of the cores that we may use
     origin = now | {"jobs": jobs, "threads": threads}
@@ -226,7 +253,7 @@ def _run_all(
             if process.exitcode:
                 why = f"exit code {process.exitcode}; see {folder / cell.name}.log"
                 console.print(f"[bold red]{cell.name} failed[/]: {why}")
-            with lock:
+            with saving:
                 found = _finished(cell, folder, wanted[cell.name])
                 records[cell.name] = found or _failure(cell.row, cell.seed)
                 save([record for record in records.values() if record])

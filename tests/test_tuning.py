@@ -1,8 +1,10 @@
 """Trials: a suite's rows take the best of a few values, on prompts of their own."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 from small_suite import words, write
 from test_cli import fails
 
@@ -59,6 +61,22 @@ def test_a_cell_whose_folder_is_gone_is_read_from_the_result(tuned, tmp_path):
     kept.mkdir()
     (kept / "cell.json").write_text(json.dumps(stored["cells"][1]))
     assert [cell["row"] for cell in compare.read(tmp_path, stored["cells"])] == ["plain", "guided"]
+
+
+def test_a_trial_that_the_suite_no_longer_asks_for_is_kept_and_does_not_choose(tuned, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFRL_CACHE", str(tuned.parent / "cache"))
+    stored = yaml.safe_load(tuned.read_text())
+    stored["tune"]["guided"]["guidance.scale"].remove(2.0)  # the best of the three
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(stored, sort_keys=False))
+    shutil.copytree(tuned.parent / "cells", tmp_path / "cells")
+    result = tmp_path / "cells" / "mine" / "mine.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"cells": []}))
+    shutil.rmtree(result.parent / "guided-seed0")
+    assert main(words(path, "--jobs", "1")) == 0
+    result = json.loads(result.read_text())
+    assert [trial["row"].split("=")[-1] for trial in result["trials"]] == ["0.0", "0.5", "2.0"]
+    assert result["cells"][0]["words"][-2] == "guidance.scale=0.5"
 
 
 def test_verify_finds_the_same_numbers_and_tells_others(tuned, capsys):
