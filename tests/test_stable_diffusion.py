@@ -213,6 +213,30 @@ class TestLoading:
         with pytest.raises(DiffRLError, match=r"unet cannot be loaded from .*Unable to load weights"):
             StableDiffusion.load(str(copy))
 
+    @pytest.mark.parametrize(
+        ("version", "size", "side"),
+        [("0.8.1", 32, 128), ("0.9.0", 32, 64), ("0.8.1", 96, 192), (None, [16, 16], 32)],
+    )
+    def test_a_folder_of_before_diffusers_0_9_is_as_large_as_stock_has_it(
+        self, tiny_path, tmp_path, version, size, side
+    ):
+        copy = shutil.copytree(tiny_path, tmp_path / "model")
+        path = copy / "unet" / "config.json"
+        version = version or json.loads(path.read_text())["_diffusers_version"]
+        change = {"_diffusers_version": version, "sample_size": size}
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        assert StableDiffusion.load(str(copy)).image_size == side
+        stock = stock_pipeline(copy)
+        theirs = stock.unet.config.sample_size
+        assert (theirs if isinstance(theirs, int) else theirs[0]) * stock.vae_scale_factor == side
+
+    def test_a_model_that_wants_the_strength_of_guidance_as_an_input_is_refused(self, tiny_path, tmp_path):
+        copy = shutil.copytree(tiny_path, tmp_path / "model")
+        path = copy / "unet" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"time_cond_proj_dim": 256}))
+        with pytest.raises(DiffRLError, match=r"more than a prompt .time_cond_proj_dim=256.*LCM"):
+            StableDiffusion.load(str(copy))
+
     def test_a_hub_id_without_network_says_where_it_looked(self):
         with pytest.raises(DiffRLError, match="nobody/nothing: no such folder here, not in the cache"):
             StableDiffusion.load("nobody/nothing")

@@ -156,13 +156,12 @@ def _check(model: str, configs: Configs) -> None:
             f"{latents}. Inpainting, depth and upscaling models (9, 5, 7) want a picture beside the "
             "prompt; give the text-to-image model."
         )
-    more = [
-        name for name in ("addition_embed_type", "class_embed_type", "num_class_embeds") if unet.get(name)
-    ]
+    others = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+    more = [name for name in (*others, "time_cond_proj_dim") if unet.get(name)]
     if more:
         raise DiffRLError(
             f"env.model={model}: its denoiser is conditioned on more than a prompt ({more[0]}="
-            f"{unet[more[0]]}), as SDXL and unCLIP are. Supported are Stable Diffusion v1.x and v2.x."
+            f"{unet[more[0]]}), as SDXL, unCLIP and LCM are. Supported are Stable Diffusion v1.x and v2.x."
         )
     wanted, made = unet.get("cross_attention_dim", 1280), text.get("hidden_size", 512)
     if wanted != made:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
@@ -38,7 +39,7 @@ class StableDiffusion(nn.Module):
         self.float()
         nn.Module.to(self.unet, PRECISIONS[precision])  # diffusers' own warns of nothing
         self.vae.to(memory_format=torch.channels_last)  # a quarter faster on a CPU too; the denoiser is not
-        self.image_size = image_size or self.unet.config.sample_size * self._scale
+        self.image_size = image_size or _trained_side(self.unet.config) * self._scale
         if self.image_size % self._scale:
             raise DiffRLError(
                 f"env.image_size={image_size}: must be a multiple of {self._scale}, the side of one latent."
@@ -117,3 +118,15 @@ class StableDiffusion(nn.Module):
         else:
             pixels = run(latents)
         return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def _trained_side(unet: Any) -> int:
+    """Return the side of the latents by the denoiser's config, of old ones as diffusers' pipeline has it.
+
+    Its converter wrote 32 instead of 64 into every one before version 0.9.
+    """
+    size = unet.sample_size
+    if not isinstance(size, int):
+        return max(size)
+    made_by = Version(getattr(unet, "_diffusers_version", "0.9"))
+    return 64 if size < 64 and Version(made_by.base_version) < Version("0.9") else size
