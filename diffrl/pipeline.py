@@ -170,7 +170,7 @@ class _Control:
     """While it is entered, the denoiser predicts eps_ref + s (eps - eps_ref), eps with the label in it.
 
     The prediction is affine in eps also where the network predicts v, and so is guidance: to mix the two
-    passes of the network is to mix their guided predictions, as `Policy.noise` does.
+    passes of the network is to mix their guided predictions, as `Policy.guided_eps` does.
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, offset: Tensor | None, scale: float) -> None:
@@ -224,7 +224,10 @@ def of_model(kind: type[Pipeline], model: str, revision: str | None = None) -> P
     for network in (parts.unet, parts.vae, parts.text_encoder):
         network.float()
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return kind(**parts._asdict(), **nothing)
+    own = dict(parts.scheduler.config)
+    pipeline = kind(**parts._asdict(), **nothing)
+    pipeline.scheduler = make_scheduler(own)  # the constructor corrects a steps_offset that a run keeps
+    return pipeline
 
 
 def call_settings(env: SD15) -> dict[str, Any]:

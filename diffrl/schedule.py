@@ -168,5 +168,9 @@ def make_scheduler(config: Mapping[str, Any] | None = None) -> DDIMScheduler:
 
     What it leaves out, other classes having no such setting (`clip_sample`, `set_alpha_to_one`), is as in
     Stable Diffusion v1.5, which is also the default: DDIM's own clip x_0 and give the last step no noise.
+    That of a scheduler in memory lists what its class filled in, which counts as left out.
     """
-    return DDIMScheduler.from_config(_STABLE_DIFFUSION | dict(config or {}))
+    given = dict(config or {})
+    for name in given.pop("_use_default_values", ()):
+        given.pop(name, None)
+    return DDIMScheduler.from_config(_STABLE_DIFFUSION | given)

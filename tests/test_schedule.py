@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import assert_close
+from diffusers import DDIMScheduler, PNDMScheduler
 
 from diffrl.errors import DiffRLError
 from diffrl.schedule import DDIMSchedule, make_scheduler
@@ -21,6 +22,18 @@ def test_step_agrees_with_diffusers_at_every_timestep(num_steps, eta):
         assert_close(law.mean + law.stddev * noise, expected.prev_sample, atol=2e-6)
         x_0 = schedule.predict_x_0(x_t, eps, timestep.repeat(2))
         assert_close(x_0, expected.pred_original_sample, atol=1e-4)  # up to 15 times x_t
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, DDIMScheduler])
+def test_a_scheduler_in_memory_means_what_its_file_says(kind):
+    """An early file leaves out what it was not asked about; in memory its class's defaults are there."""
+    raw = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    ours, theirs = make_scheduler(raw), make_scheduler(kind.from_config(raw).config)
+    assert theirs.config.steps_offset == ours.config.steps_offset == 1
+    assert theirs.config.clip_sample is ours.config.clip_sample is False
+    assert theirs.config.set_alpha_to_one is ours.config.set_alpha_to_one is False
+    asked = make_scheduler(kind(**raw, steps_offset=0, set_alpha_to_one=True).config)
+    assert (asked.config.steps_offset, asked.config.set_alpha_to_one) == (0, True)
 
 
 def test_sigma_and_kappa_equal_the_published_table_of_sd15():
