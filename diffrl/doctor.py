@@ -81,7 +81,7 @@ def _findings(config: Config) -> Iterator[Finding]:
     reference = policy.reference if noisy else None
     episodes = rollout(env, policy, setup.generator(3), reference=reference, seed=config.seed)
     if isinstance(reward, OnlineSurrogateReward):  # 0 everywhere, until it has asked about some pictures
-        reward.observe([(episodes.images, episodes.context)])
+        reward.observe([(episodes.images, episodes.context)], config.reward_timeout)
         episodes = replace(episodes, reward=score(reward, episodes.images, episodes.context))
     yield _rewards(episodes, reward)
     if noisy:

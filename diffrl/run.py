@@ -130,7 +130,7 @@ class Run:
         with memory.told(AT_A_TIME[0], size, self.folder, of=batch, group=algo.group_size):
             metrics = algo.update(self._collect(hits, drawn), self.policy, self.optimizer)
         if self.surrogate is not None:
-            metrics |= self.surrogate.observe(drawn)
+            metrics |= self.surrogate.observe(drawn, self.config.reward_timeout)
         if hits:
             metrics["rollout/accuracy"] = float(processes.joined(torch.cat(hits)).float().mean())
         calls = int(processes.summed({"": self.policy.num_calls - calls})[""])

@@ -61,10 +61,16 @@ class OnlineSurrogateReward:
         """So many pictures the true reward was asked about."""
         return len(self._scores)
 
-    def observe(self, parts: Sequence[tuple[Tensor, Context]]) -> dict[str, float]:
+    def observe(
+        self, parts: Sequence[tuple[Tensor, Context]], timeout: float | None = None
+    ) -> dict[str, float]:
         """Ask the true reward about pictures just drawn, as long as queries are left, and refit.
 
         Every process gives its own pictures, and all learn from all.
+
+        Args:
+            parts: pictures with what they were drawn for.
+            timeout: seconds a part's scores may take; see `score`.
 
         Returns:
             `reward/queries`, so many were made; while there are new ones `reward/surrogate_error`, the root
@@ -78,7 +84,7 @@ class OnlineSurrogateReward:
                 count = min(max(left, 0), len(images))
                 if count:
                     asked, own = images[:count], context.rows(torch.arange(count))
-                    scores.append(score(self.of, asked, own).detach().float().cpu())
+                    scores.append(score(self.of, asked, own, timeout).detach().float().cpu())
                     seen.append(self._net.to(images.device).features(asked).cpu())
                     guesses.append(self(asked, own).cpu())
                 left -= len(images)

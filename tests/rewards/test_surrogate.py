@@ -2,17 +2,19 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 from conftest import assert_close
-from test_cli import fails
+from test_cli import FAST, fails
 
 import diffrl
 from diffrl import config, settings_file
 from diffrl.benchmarks.soak import bits, numbers
 from diffrl.build import Setup
 from diffrl.cli import main
+from diffrl.errors import DiffRLError
 from diffrl.rewards.surrogate import OnlineSurrogateReward
 from diffrl.types import Context
 
@@ -71,6 +73,30 @@ def test_before_it_has_asked_it_is_nothing_and_so_is_its_gradient():
     (gradient,) = torch.autograd.grad(value.sum(), images)
     assert value.tolist() == [0.0] * 3
     assert not gradient.any()
+
+
+def test_a_black_box_that_does_not_answer_is_given_up():
+    door = threading.Event()
+
+    class Stuck(Brightness):
+        def __call__(self, images, context):
+            door.wait()
+
+    surrogate = OnlineSurrogateReward(of=Stuck())
+    with pytest.raises(DiffRLError, match=r"Stuck has not answered for 0\.01 s on 2 pictures"):
+        surrogate.observe(round_of(2, 0), timeout=0.01)
+    door.set()
+
+
+def test_a_run_gives_its_black_box_as_long_as_its_settings_say(tiny_path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from threading import Event\n\ndef stuck(images, context):\n    Event().wait()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in FAST if not word.startswith("reward.")]
+    words += [f"env.model={tiny_path}", "algo=ctrl", "reward=surrogate[mine.py:stuck]", "eval_every=9"]
+    said = fails(capsys, "train", *words, "reward_timeout=0.01")
+    assert "reward stuck has not answered for 0.01 s" in said
 
 
 def test_after_a_single_query_it_is_that_score_everywhere_near_it():
