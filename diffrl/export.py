@@ -30,6 +30,7 @@ from diffrl.card import Comparison
 from diffrl.config import Config
 from diffrl.draw import draw
 from diffrl.envs.emoji import ASSET
+from diffrl.envs.prompts import split_path
 from diffrl.errors import DiffRLError, unknown
 from diffrl.pipeline import ControlledStableDiffusionPipeline, call_settings, of_model, of_pictures
 from diffrl.policy import Policy
@@ -114,6 +115,10 @@ def _write(run: Path, config: Config, draft: Path, form: str, name: str) -> str:
     """Write weights and settings, and return the name of the LoRA's file."""
     if config.env.model == str(ASSET):  # no path of this machine
         config.env.model = "/".join(ASSET.parts[-3:])
+    if config.clip is not None and Path(config.clip).is_dir():
+        config.clip = None
+    if form == "diffrl":
+        _bring_prompts(config, draft)
     settings_file.write(config, draft / CONFIG_FILE, here=False)
     if form == "kohya":
         lora = {f"unet.{key}": tensor for key, tensor in weights.read_lora(run).items()}
@@ -125,6 +130,15 @@ def _write(run: Path, config: Config, draft: Path, form: str, name: str) -> str:
     for file in copied:
         shutil.copyfile(run / file, draft / file)
     return weights.LORA_FILE
+
+
+def _bring_prompts(config: Config, draft: Path) -> None:
+    """Copy the user's own lists of prompts, which our commands draw from, and name the copies."""
+    for name in ("prompts", "eval_prompts"):
+        kind, file = split_path(getattr(config, name) or "")
+        if file is not None and file.is_file():
+            shutil.copyfile(file, draft / f"{name}{file.suffix}")
+            setattr(config, name, f"{kind}{name}{file.suffix}")
 
 
 def _compare(

@@ -9,6 +9,7 @@ from diffrl import settings_file, weights
 from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.conflicts import is_learned, judge_folder
+from diffrl.envs.prompts import split_path
 from diffrl.errors import DiffRLError
 from diffrl.evaluate import evaluate
 from diffrl.evaluate_mixture import MixtureEvaluation
@@ -62,6 +63,11 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Rewar
         overrides: settings of `Config` to replace, such as the prompts.
     """
     config = settings_of(path)
+    config.dataset = config.dataset_pictures = None  # it has been learnt from, and may be gone
+    for name in ("prompts", "eval_prompts"):
+        kind, file = split_path(getattr(config, name) or "")
+        if file is not None and (path / file.name).is_file():  # that an export brings along
+            setattr(config, name, f"{kind}{path / file.name}")
     for name, value in overrides.items():
         setattr(config, name, value)
     setup, policy, reward = untrained(path, config)

@@ -17,7 +17,7 @@ from diffrl import disk
 from diffrl.backbones.loading import fingerprint
 from diffrl.components import CUSTOM, GROUPS, content, register, word_of
 from diffrl.config import Config, chosen, load, located, to_objects, tree
-from diffrl.envs.prompts import LISTS
+from diffrl.envs.prompts import split_path
 from diffrl.errors import DiffRLError
 
 AT_A_TIME = ("algo.micro_batch_size", "eval_batch")
@@ -176,11 +176,10 @@ def _with_content(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _list_content(word: str | None) -> str | None:
     """Return what chooses prompts, of a file with a hash of its content in the place of its folder."""
-    kind, colon, file = (word or "").rpartition(":")  # as in imagenet_animals:PATH
-    path = Path(file)
-    if word in LISTS or not path.is_file():
+    kind, path = split_path(word or "")
+    if path is None or not path.is_file():
         return word
-    return f"{kind}{colon}{hashlib.sha256(path.read_bytes()).hexdigest()}/{path.name}"
+    return f"{kind}{hashlib.sha256(path.read_bytes()).hexdigest()}/{path.name}"
 
 
 def _elsewhere(value: Any) -> Any:

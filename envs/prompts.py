@@ -39,6 +39,14 @@ class LabelledPrompt(str):
     label: tuple[int, ...]
 
 
+def split_path(name: str) -> tuple[str, Path | None]:
+    """Return what stands before a file's path in `name`, and the path; None for it of a list's name."""
+    if name in LISTS:
+        return name, None
+    kind, colon, file = name.partition(":")
+    return (f"{kind}:", Path(file)) if colon and kind in _IMAGENET and file else ("", Path(name))
+
+
 def load_prompts(name: str, num_classes: Sequence[int] = ()) -> list[str]:
     """Return the prompts that `name` stands for.
 
@@ -56,10 +64,10 @@ def load_prompts(name: str, num_classes: Sequence[int] = ()) -> list[str]:
     """
     if name in LISTS:
         return list(LISTS[name])
-    kind, _, file = name.partition(":")
-    if kind in _IMAGENET and file:
-        return _imagenet_animals(Path(file), full=kind == _IMAGENET[1])
-    path = Path(name)
+    kind, path = split_path(name)
+    assert path is not None
+    if kind:
+        return _imagenet_animals(path, full=kind == f"{_IMAGENET[1]}:")
     if path.suffix not in (".txt", ".csv") and not path.exists():
         raise unknown("prompts", name, [*LISTS, "path.txt", "path.csv", "imagenet_animals:path"])
     prompts = _labelled(path, num_classes) if path.suffix == ".csv" else _lines(path)

@@ -146,6 +146,37 @@ def test_a_run_of_two_attributes_is_exported(two_controls, tmp_path, capsys):
     assert "label=[1, 1]" in card
 
 
+def test_an_export_needs_no_list_and_no_data_set_of_the_machine_it_was_made_on(tiny_path, tmp_path, capsys):
+    words, pictures = tmp_path / "words.txt", tmp_path / "pictures"
+    words.write_text("cat\nbee\n")
+    pictures.mkdir()
+    for number in range(40):
+        Image.new("RGB", (16, 16), (6 * number, 80, 200)).save(pictures / f"{number}.png")
+    asked = [f"prompts={words}", f"dataset={pictures}", "dataset_pictures=40"]
+    run = learnt(tmp_path / "run", f"env.model={tiny_path}", "algo.updates=1", *asked)
+    assert main(["export", str(run), str(tmp_path / "out"), "-n", "2"]) == 0
+    words.unlink()
+    shutil.rmtree(pictures)
+    assert (tmp_path / "out" / "prompts.txt").read_text() == "cat\nbee\n"
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main(["eval", str(moved), "--json", "-n", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 4
+
+
+def test_a_run_of_a_schedule_without_offset_is_exported(tiny_path, tmp_path):
+    """Stock pipelines correct the offset of the schedule they are given; a run keeps it."""
+    model = shutil.copytree(tiny_path, tmp_path / "model")
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps_offset": 0}))
+    words = [f"env.model={model}", "env.eta=0", "algo=reward_backprop", "algo.updates=1"]
+    run = learnt(tmp_path / "run", *words)
+    assert main(["export", str(run), str(tmp_path / "out"), "-n", "2"]) == 0
+    pipeline = ControlledStableDiffusionPipeline.from_run(tmp_path / "out")
+    pipeline.scheduler.set_timesteps(2)
+    assert pipeline.scheduler.timesteps.tolist() == [500, 0]
+
+
 def test_a_run_without_labels_is_whole_as_a_lora(tiny_path, tmp_path, capsys):
     run = learnt(tmp_path / "run", f"env.model={tiny_path}", "algo=ddpo", "reward=jpeg", "algo.updates=1")
     capsys.readouterr()

@@ -63,7 +63,9 @@ def test_a_cell_whose_folder_is_gone_is_read_from_the_result(tuned, tmp_path):
     assert [cell["row"] for cell in compare.read(tmp_path, stored["cells"])] == ["plain", "guided"]
 
 
-def test_a_trial_that_the_suite_no_longer_asks_for_is_kept_and_does_not_choose(tuned, tmp_path, monkeypatch):
+def test_a_trial_that_the_suite_no_longer_asks_for_is_kept_and_does_not_choose(
+    tuned, tmp_path, monkeypatch
+):
     monkeypatch.setenv("DIFFRL_CACHE", str(tuned.parent / "cache"))
     stored = yaml.safe_load(tuned.read_text())
     stored["tune"]["guided"]["guidance.scale"].remove(2.0)  # the best of the three
