@@ -69,12 +69,10 @@ def test_a_base_that_is_no_suite_is_named(tmp_path, capsys):
     assert "no such base" in fails(capsys, *words(write(tmp_path, base=["exact"])))
 
 
-def test_a_base_may_have_a_base(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("base: multitask")
-    mine = suites.load(str(path))
+def test_a_base_may_have_a_base():
+    mine = suites.load("multitask_sd15")
     assert mine.quick == suites.load("compressibility").quick
-    assert mine.tune == suites.load("multitask").tune != suites.load("compressibility").tune
+    assert mine.tune == suites.load("compressibility_sd15").tune != suites.load("compressibility").tune
 
 
 def test_a_mistake_in_the_last_row_shows_before_the_first_is_run(tmp_path, capsys):
@@ -89,10 +87,12 @@ def test_two_rows_of_one_folder_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", suites.suites())
-def test_the_rows_of_every_suite_are_settings_that_train_takes(name):
+def test_the_rows_of_every_suite_are_settings_that_train_takes(name, tmp_path):
     suite = suites.load(name)
+    (tmp_path / "head.pth").touch()
+    own = [f"reward.mlp={tmp_path / 'head.pth'}"] if name == "multitask_sd15" else []  # the user's
     for name, row in suite.rows.items():
         tried = [f"{key}={v}" for key, vs in suite.tune.get(name, {}).items() for v in vs]
         for word in [None, *tried]:
-            conflicts.check(config.load([*suite.settings, *row, *([word] if word else [])]))
-        config.load([*suite.settings, *row, *suite.quick.get("all", []), *suite.quick.get(name, [])])
+            conflicts.check(config.load([*suite.settings, *own, *row, *([word] if word else [])]))
+        config.load([*suite.settings, *own, *row, *suite.quick.get("all", []), *suite.quick.get(name, [])])
