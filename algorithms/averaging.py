@@ -31,5 +31,7 @@ class WeightAverage:
     @torch.no_grad()
     def apply(self) -> None:
         """Give the parameters their mean, where anything was added."""
+        if not self.count:
+            return
         for mean, parameter in zip(self.means, self.parameters, strict=True):
-            parameter.copy_(mean if self.count else parameter)
+            parameter.copy_(mean)

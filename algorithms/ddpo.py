@@ -50,7 +50,7 @@ class DDPO(Algorithm):
 
     needs_gradient: ClassVar[bool] = False
     needs_noise: ClassVar[bool] = True
-    restraint: ClassVar[str] = "Raise algo.kl, or give it a start and algo.kl_budget=NATS."
+    restraint: ClassVar[str] = "Raise algo.kl, or give algo.kl=0.001 algo.kl_budget=NATS."
 
     def __post_init__(self) -> None:
         super().__post_init__()

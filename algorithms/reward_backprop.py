@@ -28,7 +28,7 @@ class RewardBackprop(Pathwise):
     kl: float = 0.0  # weight of the KL to the pretrained model, in units of the reward a nat
     variance_samples: int = 0  # DRaFT-LV's n: re-noised last steps a picture; 0: off
 
-    restraint: ClassVar[str] = "Raise algo.kl, or give it a start and algo.kl_budget=NATS."
+    restraint: ClassVar[str] = "Raise algo.kl, or give algo.kl=0.001 algo.kl_budget=NATS."
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -80,7 +80,8 @@ class Setup:
     ) -> Guidance:
         """Return what evaluations draw with: the guided policy, at most `num_pictures` at a time.
 
-        Nor more than `envs` envs hold, by default `eval_batch`: fewer where each picture takes several.
+        No more either than fit into `envs` envs, by default `eval_batch`: a picture takes as many as the
+        guidance has particles.
         """
         at_once = max((envs or self.config.eval_batch) // self.config.guidance.population, 1)
         return self.guide(policy, reward, min(num_pictures, at_once))

@@ -61,7 +61,7 @@ class Config:
     eval_every: int = 50  # updates between two evaluations
     eval_batch: int = 64  # pictures, or particles, drawn at a time where nothing is learnt from them
     eval_pictures: int = 64  # of an evaluation on the way; the last one draws four times as many
-    eval_scales: list[float] = field(default_factory=list)  # of the control, that the last one tries too
+    eval_scales: list[float] = field(default_factory=list)  # of the control, for the last evaluation too
 
 
 @dataclass

@@ -76,7 +76,7 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Rewar
 
 
 def settings_of(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the settings of the run in a folder, with some `key=value` words that go before them."""
+    """Return the settings of the run in a folder, with some `key=value` words that override them."""
     return settings_file.read(_config_file(path), overrides)
 
 

@@ -29,7 +29,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: of the file.
-        overrides: `key=value` words that go before it.
+        overrides: `key=value` words that override it.
 
     Raises:
         DiffRLError: no such file, one that is damaged or cut short, a setting that this version lacks.

@@ -23,6 +23,8 @@ class MPGD(Guidance):
     """x0hat + rho grad r(x0hat) in the place of x0hat, in some of the steps.
 
     A heuristic: no rho gives a posterior's mean and its width together; the law comes out too narrow.
+
+    As its Stable Diffusion code: `step=normalised eps=rederive start=0.3 stop=0.7 over_batch=true`.
     """
 
     rho: float = 1.0  # step length, as `step` reads it

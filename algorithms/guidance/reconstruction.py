@@ -21,6 +21,9 @@ class Reconstruction(Guidance):
 
     Exact in continuous time for a Gaussian prior and a linear reward. Otherwise the variance of x_0 given
     x_t is left out: for a concave log p(y|.) the posterior comes out too narrow, too far into the class.
+
+    As in CTRL's comparison: `jacobian=frozen over_batch=true offset=1e-6`; its scale is another for each
+    class, and not told.
     """
 
     scale: float = 1.0  # s, what g is multiplied by; gamma, if r is log p(y|x)
