@@ -78,6 +78,14 @@ def test_on_stable_diffusion_few_pictures_are_held_and_each_update_is_kept(algo)
     assert config.load([f"algo={algo}"]).checkpoint_every == 50  # the emoji model's
 
 
+def test_on_sd15_published_values_take_the_place_of_those_tuned_on_emoji():
+    assert config.load(["algo=ctrl", "env=sd15"]).algo.gamma == 10 * 4 * 64 * 64
+    assert config.load(["algo=ctrl", "env=sd15", "algo.gamma=3"]).algo.gamma == 3
+    assert config.load(["+experiment=ctrl_paper"]).algo.gamma == 10
+    assert config.load(["algo=classifier_free", "env=sd15"]).algo.learning_rate == 1e-4
+    assert config.load(["algo=rwr", "env=sd15"]).algo.embedding_learning_rate == 1e-3
+
+
 def test_a_preset_wins_over_what_its_env_brings(tmp_path, monkeypatch):
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\n# a\ndefaults:\n  - override /env: sd15\n"
