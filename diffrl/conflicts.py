@@ -1,4 +1,4 @@
-"""Settings that contradict each other: found before anything is loaded, drawn or written."""
+"""Settings that contradict each other: found before the model is loaded, or anything drawn or written."""
 
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ def is_learned(reward: object) -> bool:
 
 def _has_gradient(reward: Any) -> bool:
     return is_learned(reward) or reward.differentiable
+
+
+def _makes_points(config: Config) -> bool:
+    """Whether the model draws points of a few dimensions, and no pictures."""
+    return getattr(config.env, "num_dims", None) is not None
 
 
 def check(config: Config) -> None:
@@ -58,7 +63,7 @@ def check(config: Config) -> None:
         )
     if config.clip is not None:
         load_clip(config.clip)  # kept for the evaluations, or refused before anything is trained
-    if config.eval_scales and getattr(config.env, "num_dims", None) is not None:
+    if config.eval_scales and _makes_points(config):
         raise DiffRLError(
             f"eval_scales={config.eval_scales}: for pictures; give 'diffrl eval' --control-scale."
         )
@@ -70,7 +75,7 @@ def check(config: Config) -> None:
         )
     _check_guidance(config)
     _check_space(config)
-    if config.dataset is not None and getattr(config.env, "num_dims", None) is not None:
+    if config.dataset is not None and _makes_points(config):
         raise DiffRLError(
             f"dataset={config.dataset}: for pictures, and this env makes points. Leave it out."
         )
@@ -85,12 +90,12 @@ def check_new(config: Config) -> None:
     """Raise DiffRLError for settings that no run can begin with, though one that is there may have them."""
     _check_dataset(config)
     if config.keep_best is not None:
-        num_dims = getattr(config.env, "num_dims", None)
+        points = _makes_points(config)
         guards.check_metric(
             config.keep_best,
-            pictures=num_dims is None,
+            pictures=not points,
             labels=is_learned(config.reward),
-            exact=num_dims == 1 and isinstance(config.guidance, Unguided),
+            exact=points and config.env.num_dims == 1 and isinstance(config.guidance, Unguided),
         )
         if why := unavailable(config.keep_best.removeprefix("eval/"), config.clip):
             raise DiffRLError(f"keep_best={config.keep_best}: {why}.")
@@ -111,9 +116,9 @@ def judge_folder(env: Any) -> Path | None:
 
 def _check_dataset(config: Config) -> None:
     """A data set is learnt from, or a classifier is fitted to it; else nothing would read its pictures."""
-    points = getattr(config.env, "num_dims", None) is not None  # of which `check` says that it has none
     fits = is_learned(config.reward) and not config.reward.classifier
-    if config.dataset is None or points or fits or config.algo.needs_labels:
+    # of an env that makes points `check` says that it has none
+    if config.dataset is None or _makes_points(config) or fits or config.algo.needs_labels:
         return
     name, reward = settings.chosen(config, "algo"), settings.chosen(config, "reward")
     if is_learned(config.reward):

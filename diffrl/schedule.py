@@ -26,6 +26,14 @@ _STABLE_DIFFUSION = {
 """Stable Diffusion v1.5's `scheduler_config.json`."""
 
 
+def check_steps(num_steps: int, eta: float, prefix: str = "") -> None:
+    """Raise DiffRLError unless T >= 1 and eta lies in [0, 1]; `prefix` stands before their names."""
+    if not 0 <= eta <= 1:
+        raise DiffRLError(f"{prefix}eta={eta}: must be between 0 and 1.")
+    if num_steps < 1:
+        raise DiffRLError(f"{prefix}num_steps={num_steps}: must be 1 or more.")
+
+
 class DDIMSchedule(nn.Module):
     """T steps of DDIM at `eta`, spaced and bounded as a diffusers scheduler says.
 
@@ -47,10 +55,9 @@ class DDIMSchedule(nn.Module):
     def __init__(self, scheduler: DDIMScheduler, num_steps: int, eta: float) -> None:
         super().__init__()
         limit = scheduler.config.num_train_timesteps
-        if not 1 <= num_steps <= limit:
-            raise DiffRLError(f"num_steps={num_steps}: must be between 1 and {limit}.")
-        if not 0 <= eta <= 1:
-            raise DiffRLError(f"eta={eta}: must be between 0 and 1.")
+        check_steps(num_steps, eta)
+        if num_steps > limit:
+            raise DiffRLError(f"num_steps={num_steps}: must be {limit} or less, the model's own steps.")
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise DiffRLError(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from diffrl.backbones.gaussian_mixture import GaussianMixtureModel, Mixture
 from diffrl.errors import DiffRLError
 from diffrl.rewards.closed_form import as_rows
+from diffrl.schedule import check_steps
 
 
 @dataclass
@@ -46,10 +47,7 @@ class GaussianMixture:
         if not abs(total - 1) < 1e-6:
             scaled = ",".join(f"{w / total:.4g}" for w in self.weights)
             raise DiffRLError(f"env.weights={self.weights}: they sum to {total:g}, not 1. Try [{scaled}].")
-        if not 0 <= self.eta <= 1:
-            raise DiffRLError(f"env.eta={self.eta}: must be between 0 and 1.")
-        if self.num_steps < 1:
-            raise DiffRLError(f"env.num_steps={self.num_steps}: must be 1 or more.")
+        check_steps(self.num_steps, self.eta, "env.")
 
     @property
     def num_dims(self) -> int:

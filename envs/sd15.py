@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from diffrl.backbones.loading import DEFAULT_MODEL
 from diffrl.backbones.stable_diffusion import PRECISIONS, StableDiffusion
 from diffrl.errors import DiffRLError
+from diffrl.schedule import check_steps
 
 
 @dataclass
@@ -24,10 +25,7 @@ class SD15:
     def __post_init__(self) -> None:
         if self.guidance_scale < 1:
             raise DiffRLError(f"env.guidance_scale={self.guidance_scale}: must be 1 or more.")
-        if not 0 <= self.eta <= 1:
-            raise DiffRLError(f"env.eta={self.eta}: must be between 0 and 1.")
-        if self.num_steps < 1:
-            raise DiffRLError(f"env.num_steps={self.num_steps}: must be 1 or more.")
+        check_steps(self.num_steps, self.eta, "env.")
         if self.precision not in PRECISIONS:
             raise DiffRLError(f"env.precision={self.precision}: must be one of {', '.join(PRECISIONS)}.")
         if self.image_size is not None and (self.image_size < 8 or self.image_size % 8):
