@@ -2,7 +2,7 @@
 
 | format | weights | read by |
 |---|---|---|
-| diffrl | all that was learnt, and the classifier | `ControlledStableDiffusionPipeline`, our commands |
+| diffrl | all of it, and lists of prompts | `ControlledStableDiffusionPipeline`, our commands |
 | diffusers | the LoRA | `pipe.load_lora_weights(DIR)` |
 | kohya | the LoRA, in one file | ComfyUI, A1111, and stock diffusers |
 
