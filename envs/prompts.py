@@ -40,7 +40,7 @@ class LabelledPrompt(str):
 
 
 def split_path(name: str) -> tuple[str, Path | None]:
-    """Return what stands before a file's path in `name`, and the path; None for it of a list's name."""
+    """Return what stands before a file's path in `name`, and the path; of a list the name, and None."""
     if name in LISTS:
         return name, None
     kind, colon, file = name.partition(":")
@@ -62,10 +62,9 @@ def load_prompts(name: str, num_classes: Sequence[int] = ()) -> list[str]:
         DiffRLError: neither a known name nor a readable file, a file without a prompt, a row whose label is
             unknown, a file that has not ImageNet's classes in their order.
     """
-    if name in LISTS:
-        return list(LISTS[name])
     kind, path = split_path(name)
-    assert path is not None
+    if path is None:
+        return list(LISTS[name])
     if kind:
         return _imagenet_animals(path, full=kind == f"{_IMAGENET[1]}:")
     if path.suffix not in (".txt", ".csv") and not path.exists():
