@@ -5,7 +5,7 @@ Shapes: n pictures, A attributes of a label, C labels in all.
 
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,13 +50,60 @@ def evaluate(
     from `seed` alone: an evaluation neither reads nor moves a generator of training.
     """
     env = actor.env
+    drawn = _draw(actor, num_pictures, seed, stand_in)
+    measures: dict[str, Any] = {
+        "reward_mean": float(drawn.reward.mean()),
+        "reward_std": float(drawn.reward.std(unbiased=False)),
+        "kl_nats": None if drawn.kl is None else float(drawn.kl.mean()),
+        "n": num_pictures,
+    }
+    if isinstance(env.reward, LogLikelihood):
+        assert drawn.log_prob is not None
+        measures |= _control(env.reward, drawn.label, env.reward.true_class(drawn.images))
+        measures["mean_logp"] = float(drawn.log_prob.mean())
+        measures["claimed_accuracy"] = float(drawn.log_prob.exp().mean())
+        if drawn.kl is not None:
+            objective = gamma * drawn.reward - drawn.kl
+            measures |= _optimality(env.reward, drawn.label, objective, gamma if z_known else None)
+    if drawn.log_z is not None:
+        measures["log_z_hat"] = _log_means(drawn.log_z, drawn.label, env.reward.num_classes)
+    if drawn.claimed is not None:
+        measures["claimed_reward"] = float(drawn.claimed.mean())
+    if judge is not None:
+        known = judge(drawn.images.to(env.device), drawn.prompts)
+        measures["prompt_fidelity"] = float(known.float().mean())
+    alike = list(zip(drawn.prompts, map(tuple, drawn.label.tolist()), strict=True))
+    measures |= {
+        "diversity": diversity(drawn.images, alike),
+        "brisque": brisque(drawn.images),
+        "clip_score": clip_score(drawn.images, drawn.prompts, clip),
+    }
+    return measures | image_statistics(drawn.images) | _cost(actor, seed)
+
+
+class _Drawn(NamedTuple):
+    """An evaluation's pictures, and what each of them has: `[n]`, on the CPU; None where none has it."""
+
+    prompts: list[str]
+    images: Tensor  # [n, 3, S, S]
+    label: Tensor  # [n, A], the one that was asked for
+    reward: Tensor
+    kl: Tensor | None = None  # of the whole chain, nats
+    log_prob: Tensor | None = None  # log p(y|x), without the reward's ceiling
+    log_z: Tensor | None = None  # SMC's estimate
+    claimed: Tensor | None = None  # the stand-in's reward
+
+
+def _draw(actor: Guidance, num_pictures: int, seed: int, stand_in: Reward | None) -> _Drawn:
+    """Draw the pictures of `evaluate`, as many at a time as the env has room for."""
+    env = actor.env
     generator = torch.Generator(env.device).manual_seed(seed)
     labels = every_label(env.reward.num_classes)
     blocks = labels[torch.arange(num_pictures) * len(labels) // num_pictures]
     own = all(isinstance(prompt, LabelledPrompt) for prompt in env.prompts)
     reference = actor.policy.reference if env.schedule.eta > 0 else None
-    rewards, kl, drawn, claimed, log_probs, targets, log_z_hat = [], [], [], [], [], [], []
     prompts: list[str] = []
+    parts: dict[str, list[Tensor]] = {}
     at_once = env.num_envs // actor.population
     for start in range(0, num_pictures, at_once):
         # the last batch is filled up and trimmed: N is fixed
@@ -65,48 +112,21 @@ def evaluate(
         first = seed if start == 0 else None
         trajectory = rollout(env, actor, generator, reference=reference, seed=first, options=options)
         kept = actor.chosen(generator)[: num_pictures - start]
-        rewards.append(trajectory.reward[kept].cpu())
-        targets.append(trajectory.context.label[kept].cpu())
+        images, context = trajectory.images[kept], trajectory.context.rows(kept)
+        found = {"images": images, "label": context.label, "reward": trajectory.reward[kept]}
         if trajectory.kl is not None:
-            kl.append(trajectory.kl.sum(0)[kept].cpu())
-        if isinstance(actor, SMC) and actor.last:  # else r(x_0) has no part in it
-            log_z_hat.append(actor.log_z[: len(kept)].cpu())
-        drawn.append(trajectory.images[kept].cpu())
-        pictures, context = trajectory.images[kept], trajectory.context.rows(kept)
+            found["kl"] = trajectory.kl.sum(0)[kept]
         if isinstance(env.reward, LogLikelihood):
             with torch.no_grad():
-                log_probs.append(env.reward.log_prob(pictures, context).cpu())
+                found["log_prob"] = env.reward.log_prob(images, context)
+        if isinstance(actor, SMC) and actor.last:  # else r(x_0) has no part in it
+            found["log_z"] = actor.log_z[: len(kept)]
         if stand_in is not None:
-            claimed.append(score(stand_in, pictures, context).detach().cpu())
-        prompts += [trajectory.context.prompts[i] for i in kept.tolist()]
-    images, target = torch.cat(drawn), torch.cat(targets)
-    reward = torch.cat(rewards)
-    measures: dict[str, Any] = {
-        "reward_mean": float(reward.mean()),
-        "reward_std": float(reward.std(unbiased=False)),
-        "kl_nats": float(torch.cat(kl).mean()) if kl else None,
-        "n": num_pictures,
-    }
-    if isinstance(env.reward, LogLikelihood):
-        measures |= _control(env.reward, target, env.reward.true_class(images))
-        log_prob = torch.cat(log_probs)
-        measures["mean_logp"] = float(log_prob.mean())
-        measures["claimed_accuracy"] = float(log_prob.exp().mean())
-        if kl:
-            objective = gamma * reward - torch.cat(kl)
-            measures |= _optimality(env.reward, target, objective, gamma if z_known else None)
-    if log_z_hat:
-        measures["log_z_hat"] = _log_means(torch.cat(log_z_hat), target, env.reward.num_classes)
-    if claimed:
-        measures["claimed_reward"] = float(torch.cat(claimed).mean())
-    if judge is not None:
-        measures["prompt_fidelity"] = float(judge(images.to(env.device), prompts).float().mean())
-    measures |= {
-        "diversity": diversity(images, list(zip(prompts, map(tuple, target.tolist()), strict=True))),
-        "brisque": brisque(images),
-        "clip_score": clip_score(images, prompts, clip),
-    }
-    return measures | image_statistics(images) | _cost(actor, seed)
+            found["claimed"] = score(stand_in, images, context).detach()
+        prompts += context.prompts
+        for name, values in found.items():
+            parts.setdefault(name, []).append(values.cpu())
+    return _Drawn(prompts, **{name: torch.cat(values) for name, values in parts.items()})
 
 
 def _control(reward: LogLikelihood, target: Tensor, true: Tensor) -> dict[str, Any]:
