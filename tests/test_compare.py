@@ -248,6 +248,25 @@ def test_a_file_of_prompts_counts_by_its_content_not_by_its_place(tmp_path, word
         compare._ours(record, there, "a: it is", "--out")
 
 
+def test_where_adapters_would_be_is_no_matter_to_a_row_that_trains_none():
+    plain, other = (
+        {
+            algo: config.load([f"algo={algo}", f"policy.rank={rank}", "policy.targets=[to_q]"])
+            for algo in ("none", "ctrl")
+        }
+        for rank in (2, 3)
+    )
+    records = {
+        algo: {"version": compare.__version__, "settings": settings_file.facts(settings)}
+        for algo, settings in plain.items()
+    }
+    assert compare._ours(records["none"], other["none"], "a: it is", "--out") is records["none"]
+    with pytest.raises(DiffRLError, match=r"settings: policy\.rank was 2, and is 3 now"):
+        compare._ours(records["ctrl"], other["ctrl"], "a: it is", "--out")
+    with pytest.raises(DiffRLError, match="of other settings: eval_pictures was"):
+        compare._ours(records["none"], config.load(["algo=none", "eval_pictures=3"]), "a: it is", "--out")
+
+
 def test_a_setting_younger_than_a_result_counts_as_its_default():
     stored = settings_file.facts(config.load([]))
     del stored["algo"]["max_grad_norm"], stored["eval_scales"]
