@@ -152,11 +152,12 @@ def test_rank_zero_is_refused():
         LoRA(rank=0)
 
 
-def test_an_untrained_policy_draws_what_the_pretrained_model_draws(tiny):
+@pytest.mark.parametrize("lora", [None, LoRA(2, ["time_emb_proj", "conv1", "conv2"])], ids=str)
+def test_an_untrained_policy_draws_what_the_pretrained_model_draws(tiny, lora):
     from diffrl.envs.denoising import DenoisingVectorEnv
     from diffrl.rewards.jpeg import Jpeg
 
-    policy = make_policy(tiny, num_classes=())
+    policy = make_policy(tiny, num_classes=(), lora=lora)
     env = DenoisingVectorEnv(tiny, policy.schedule, Jpeg(), ["cat"], num_envs=2)
     pictures = [
         rollout(env, actor, torch.Generator().manual_seed(0), seed=0).images

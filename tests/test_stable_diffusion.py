@@ -146,7 +146,7 @@ class TestCheckpoint:
         learn_a_little(policy)
         return policy
 
-    @pytest.mark.parametrize("more", [[], ["time_emb_proj"]], ids=str)
+    @pytest.mark.parametrize("more", [[], ["time_emb_proj", "conv1", "conv2"]], ids=str)
     def test_stock_load_lora_weights_reads_it(self, tiny_path, tmp_path, more):
         targets = LoRA().targets + more
         policy = self.trained(tiny_path, lora=LoRA(targets=targets))
