@@ -86,17 +86,6 @@ def test_on_sd15_published_values_take_the_place_of_those_tuned_on_emoji():
     assert config.load(["algo=rwr", "env=sd15"]).algo.embedding_learning_rate == 1e-3
 
 
-@pytest.mark.parametrize("algo", sorted(config.GROUPS["algo"]))
-def test_every_algorithm_trains_the_same_layers_of_an_env(algo):
-    """Of the emoji model also the convolutions; of Stable Diffusion attention alone, as published."""
-    attention = ["to_q", "to_k", "to_v", "to_out.0"]
-    reward = "compressibility" if algo != "ddpo" else "jpeg"
-    words = [f"algo={algo}", f"reward={reward}"]
-    assert config.load(words).policy.targets == [*attention, "time_emb_proj", "conv1", "conv2"]
-    assert config.load([*words, "env=sd15"]).policy.targets == attention
-    assert config.load([*words, "policy.targets=[to_q]"]).policy.targets == ["to_q"]
-
-
 def test_a_preset_wins_over_what_its_env_brings(tmp_path, monkeypatch):
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\n# a\ndefaults:\n  - override /env: sd15\n"
