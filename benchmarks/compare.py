@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from diffrl import __version__, config, disk, lock, settings_file, train
+from diffrl.algorithms.untrained import Untrained
 from diffrl.benchmarks import forks
 from diffrl.benchmarks.provenance import provenance
 from diffrl.benchmarks.suites import Cell, Suite
@@ -364,7 +365,7 @@ def _ours(record: Record, wanted: config.Config, what: str, fix: str) -> Record:
     if (then := record.get("version")) != __version__:
         raise DiffRLError(f"{what} of diffrl {then}, and this is {__version__}. Give another {fix}.")
     changed = settings_file.changed(record.get("settings", {}), settings_file.facts(wanted))
-    if config.chosen(wanted, "algo") == "none":  # its adapters stay zero, wherever they are
+    if isinstance(wanted.algo, Untrained):  # its adapters stay zero, wherever they are
         changed = {name: pair for name, pair in changed.items() if not name.startswith("policy.")}
     if changed:
         name, (was, now) = next(iter(changed.items()))
