@@ -45,12 +45,32 @@ class ClassifierFreeGuidance(Guidance):
     @torch.no_grad()
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
         """Return a draw from the guided step."""
-        eps = self._of_both_halves(obs) if self.published else self.policy.guided_eps(obs)
-        if self.scale != 1.0:
-            without = self.policy.guided_eps(without_label(obs))
-            eps = without + self.scale * (eps - without)
-        law = self.schedule.step(obs["latents"], eps, obs["timestep"])
+        law = self.schedule.step(obs["latents"], self._eps(obs), obs["timestep"])
         return ActorStep(draw(law, generator), law)
+
+    def _eps(self, obs: Observation) -> Tensor:
+        policy = self.policy
+        if self.published:
+            return self._of_both_halves(obs)
+        if self.scale == 1.0:
+            return policy.guided_eps(obs)
+        if policy.guidance_scale != 1.0 and policy.control_scale == 1.0:
+            return self._three_way(obs)
+        eps, without = policy.guided_eps(obs), policy.guided_eps(without_label(obs))
+        return without + self.scale * (eps - without)
+
+    def _three_way(self, obs: Observation) -> Tensor:
+        """Return the same in one call of three parts: each guided by itself would ask e(0, 0) once more."""
+        embeds, no_label = obs["prompt_embeds"], without_label(obs)["label"]
+        three: Observation = {
+            "latents": obs["latents"].repeat(3, 1, 1, 1),
+            "timestep": obs["timestep"].repeat(3),
+            "prompt_embeds": torch.cat([self.policy.null_embeds.expand_as(embeds), embeds, embeds]),
+            "label": torch.cat([no_label, no_label, obs["label"]]),
+        }
+        unprompted, prompted, controlled = self.policy.eps(three).chunk(3)
+        without = unprompted + self.policy.guidance_scale * (prompted - unprompted)
+        return without + self.policy.guidance_scale * self.scale * (controlled - prompted)
 
     def _of_both_halves(self, obs: Observation) -> Tensor:
         """Return e(0, y) + w (e(c, y) - e(0, y)): w acts on the prompt alone, and y has weight 1."""

@@ -30,7 +30,7 @@ class Reconstruction(Guidance):
     jacobian: str = "full"  # of x0hat: full (DPS), or frozen: the noise prediction counts as a constant
     form: str = "eps"  # eps: eps - s sqrt(1 - A) g (the score of a posterior); sigma2: mean + s sigma^2 g
     over_batch: bool = False  # the published comparison's mean of r over the batch: g shrinks by 1 / N
-    offset: float = 0.0  # r becomes log(exp(r) + offset); the published comparison: 1e-6
+    offset: float = 0.0  # r becomes log(exp(r) + offset); the published comparison: 1e-6, an attribute
 
     needs_gradient: ClassVar[bool] = True
 
@@ -47,8 +47,8 @@ class Reconstruction(Guidance):
 
     @property
     def target_gamma(self) -> float | None:
-        """The scale."""
-        return self.scale
+        """The scale, unless the batch has a say in what is drawn."""
+        return None if self.over_batch else self.scale
 
     def act(self, obs: Observation, generator: torch.Generator) -> ActorStep:
         """Return a draw from the shifted step."""

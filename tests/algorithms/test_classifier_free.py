@@ -6,6 +6,7 @@ import torch
 from conftest import assert_close
 from PIL import Image
 from test_guidance import attach, law_of, state
+from test_policy import learn_a_little, make_policy, observe
 from toy import Recorder, ToyEnv, ToyPolicy
 
 from diffrl.algorithms.classifier_free import ClassifierFree
@@ -207,6 +208,25 @@ class TestGuidance:
             observation["latents"], torch.full((5, 1, 1, 1), 5.0).double(), observation["timestep"]
         )
         assert_close(law_of(actor, observation).mean, expected.mean, atol=1e-9)
+
+    def test_three_ways_are_three_calls_and_what_the_policy_s_own_guidance_makes(self, tiny):
+        policy = make_policy(tiny, guidance_scale=3.0, double=True)
+        learn_a_little(policy)
+        observation = observe(policy, label=1)
+        actor = ClassifierFreeGuidance(scale=2.5).attach(policy, None)
+        policy.num_calls = 0
+        with torch.no_grad():
+            law = actor.act(observation, torch.Generator()).distribution
+            assert policy.num_calls == 3 * 4
+            empty, no_label = policy.null_embeds, {**observation, "label": torch.full((4, 1), NO_LABEL)}
+            neither = policy.eps({**no_label, "prompt_embeds": empty.expand(4, -1, -1)})
+            prompt, both = policy.eps(no_label), policy.eps(observation)
+            by_hand = neither + 3.0 * (prompt - neither) + 3.0 * 2.5 * (both - prompt)
+            twice = policy.guided_eps(no_label)
+            twice = twice + 2.5 * (policy.guided_eps(observation) - twice)
+        for eps in (by_hand, twice):
+            expected = policy.schedule.step(observation["latents"], eps, observation["timestep"])
+            assert_close(law.mean, expected.mean, atol=1e-9)
 
     def test_the_published_one_gives_the_label_to_both_halves(self):
         """eps = 10 y + c, the empty prompt's c is 7: 10 y + 7 + 3 (1 - 7), the label at weight 1."""
