@@ -15,7 +15,7 @@ from diffrl.benchmarks.summary import as_text
 from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.envs.emoji import Emoji
-from diffrl.evaluate import picture_grid
+from diffrl.evaluate import GRID_COLUMNS, picture_grid
 from diffrl.log import evaluations
 from diffrl.plot import picture, training
 from diffrl.policy import Policy
@@ -43,7 +43,6 @@ _NUMBERS = {
     "CLIPScore": "clip_score",
     "network calls a picture": "nfe_per_image",
 }
-_GRID_COLUMNS = 8
 _LIBRARIES = ("diffusers", "peft", "transformers", "safetensors")
 
 
@@ -80,9 +79,9 @@ def write(
     setup, policy, reward = sampler
     config = setup.config
     alone = compared.label_left_out
-    actor = setup.make_guided(policy, reward, _GRID_COLUMNS)
+    actor = setup.make_guided(policy, reward, GRID_COLUMNS)
     labels = torch.full((1, len(reward.num_classes)), NO_LABEL) if alone else None
-    picture_grid(actor, setup.eval_prompts[:_GRID_COLUMNS], labels=labels).save(folder / "grid.png")
+    picture_grid(actor, setup.eval_prompts, labels=labels).save(folder / "grid.png")
     measures = measure(setup, policy, reward, num_pictures)
     known = {title: measures.get(key) for title, key in _NUMBERS.items()}
     numbers = {title: as_text(x, x) for title, x in known.items() if isinstance(x, int | float)}

@@ -14,7 +14,6 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import Tensor
 
 from diffrl.algorithms.guidance.base import Guidance
-from diffrl.algorithms.guidance.smc import SMC
 from diffrl.envs.prompts import LabelledPrompt
 from diffrl.log import grid
 from diffrl.policy import Pretrained
@@ -24,7 +23,10 @@ from diffrl.rewards.measures import MEASURES, Measure
 from diffrl.rewards.prompt_fidelity import PromptFidelity
 from diffrl.rewards.scoring import score
 from diffrl.rollout import rollout
-from diffrl.types import EVALUATION_SEED, NO_LABEL, Reward, every_label
+from diffrl.types import EVALUATION_SEED, NO_LABEL, Actor, Reward, every_label
+
+GRID_COLUMNS = 8
+"""Pictures in a row of the grid that an evaluation draws."""
 
 
 def evaluate(
@@ -119,8 +121,8 @@ def _draw(actor: Guidance, num_pictures: int, seed: int, stand_in: Reward | None
         if isinstance(env.reward, LogLikelihood):
             with torch.no_grad():
                 found["log_prob"] = env.reward.log_prob(images, context)
-        if isinstance(actor, SMC) and actor.last:  # else r(x_0) has no part in it
-            found["log_z"] = actor.log_z[: len(kept)]
+        if (log_z := actor.log_z_hat) is not None:
+            found["log_z"] = log_z[: len(kept)]
         if stand_in is not None:
             found["claimed"] = score(stand_in, images, context).detach()
         prompts += context.prompts
@@ -210,35 +212,50 @@ def _cost(actor: Guidance, seed: int) -> dict[str, float]:
 
 
 def picture_grid(
-    actor: Guidance, prompts: list[str], *, seed: int = EVALUATION_SEED, labels: Tensor | None = None
+    actor: Guidance,
+    prompts: list[str],
+    *,
+    columns: int = GRID_COLUMNS,
+    seed: int = EVALUATION_SEED,
+    labels: Tensor | None = None,
 ) -> Image.Image:
-    """Return pictures, one column a prompt and the same noise in each row.
+    """Return pictures, one column a prompt, which come again where they are too few, and its own noise.
 
     The first row is the pretrained model's; then one row a label of `labels` `[C, A]`, by default each
-    there is, or one row if there are none.
+    there is, or one row if there are none. Every row has the same noise.
     """
-    env = actor.env
-    words = (prompts * env.num_envs)[: env.num_envs // actor.population]
-    rows: list[Tensor] = []
-    names = []
+    env, words = actor.env, (prompts * columns)[:columns]
     labels = every_label(env.reward.num_classes) if labels is None else labels
     null = torch.full_like(labels[:1], NO_LABEL)
+    rows: list[Tensor] = []
+    names = []
     for number, label in enumerate(torch.cat([null, labels])):
-        generator = torch.Generator(env.device).manual_seed(seed)
-        options = {
-            "prompts": [word for word in words for _ in range(actor.population)],
-            "label": label.expand(env.num_envs, -1),
-        }
         drawer = actor if number else Pretrained(actor.policy)
-        drawn = rollout(env, drawer, generator, seed=seed, options=options)
-        first = torch.arange(len(words)) * actor.population
-        rows.append(drawn.images[actor.chosen(generator) if number else first])
+        rows.append(_row(drawer, actor, words, label, seed))
         asked = any(y != NO_LABEL for y in label.tolist())
         lines = ["pretrained" if not number else f"label {label_name(label)}" if asked else "trained"]
         for measure in measures_of(env.reward):
             lines.append(f"{float(measure.of(rows[-1]).mean()):.2f} {measure.unit or measure.title}")
         names.append("\n".join(lines))
     return grid(rows, names, words)
+
+
+def _row(drawer: Actor, actor: Guidance, words: list[str], label: Tensor, seed: int) -> Tensor:
+    """Return `drawer`'s picture of each of the `words`, as many at once as the env has room for."""
+    env, population = actor.env, actor.population
+    at_once = env.num_envs // population
+    generator = torch.Generator(env.device).manual_seed(seed)
+    parts = []
+    for start in range(0, len(words), at_once):
+        here = (words[start:] + words[-1:] * at_once)[:at_once]
+        options = {
+            "prompts": [word for word in here for _ in range(population)],
+            "label": label.expand(env.num_envs, -1),
+        }
+        drawn = rollout(env, drawer, generator, seed=None if start else seed, options=options)
+        kept = actor.chosen(generator) if drawer is actor else torch.arange(at_once) * population
+        parts.append(drawn.images[kept])
+    return torch.cat(parts)[: len(words)]
 
 
 def measures_of(reward: Reward) -> list[Measure]:

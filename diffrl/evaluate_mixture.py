@@ -16,7 +16,6 @@ from rich.table import Table
 from torch import Tensor
 
 from diffrl.algorithms.guidance.base import Guidance, Unguided
-from diffrl.algorithms.guidance.smc import SMC
 from diffrl.algorithms.untrained import Untrained
 from diffrl.build import Setup
 from diffrl.exact import ExactSolver, Measured, moments
@@ -160,8 +159,9 @@ class MixtureEvaluation:
             part = {"log_prob": trajectory.reward[kept], "x_0": trajectory.latents[-1][kept]}
             if trajectory.kl is not None:
                 part["kl"] = trajectory.kl.sum(0)[kept]
-            if isinstance(actor, SMC) and isinstance(self.setup.config.algo, Untrained):
-                part["z"] = actor.log_z.exp()
+            log_z = actor.log_z_hat
+            if log_z is not None and isinstance(self.setup.config.algo, Untrained):
+                part["z"] = log_z.exp()
             for name, values in part.items():
                 known.setdefault(name, []).append(values)
         return {name: torch.cat(parts)[:_SAMPLES] for name, parts in known.items()}

@@ -17,7 +17,7 @@ from diffrl.build import Setup
 from diffrl.config import Config
 from diffrl.datasets import PictureFiles
 from diffrl.errors import DiffRLError
-from diffrl.evaluate import picture_grid
+from diffrl.evaluate import GRID_COLUMNS, picture_grid
 from diffrl.learned import is_at_hand, make_reward, rehearsal_size, rehearse
 from diffrl.meter import now, peak_memory
 from diffrl.policy import Policy, Pretrained
@@ -25,7 +25,6 @@ from diffrl.restore import measure
 from diffrl.rewards.closed_form import ClosedForm
 from diffrl.rewards.jpeg import Jpeg
 from diffrl.rollout import rollout
-from diffrl.run import GRID_COLUMNS
 from diffrl.schedule import DDIMSchedule
 from diffrl.types import Context, Reward, Trajectory
 
@@ -137,9 +136,7 @@ def _evaluations(setup: Setup, policy: Policy, reward: Reward, meter: _Meter) ->
     last = drawn(4 * few) / drawn(few) * (1 + len(config.eval_scales))
     meter.note("evaluate", before_last + last, lambda: measure(setup, policy, reward, few))
     actor = setup.make_guided(policy, reward, GRID_COLUMNS)
-    meter.note(
-        "draw the grids", before_last + 1, lambda: picture_grid(actor, setup.eval_prompts[:GRID_COLUMNS])
-    )
+    meter.note("draw the grids", before_last + 1, lambda: picture_grid(actor, setup.eval_prompts))
 
 
 def _updates(setup: Setup, policy: Policy, reward: Reward, meter: _Meter) -> None:

@@ -18,7 +18,7 @@ from diffrl.algorithms.averaging import WeightAverage
 from diffrl.algorithms.base import SKIPPED
 from diffrl.build import Setup
 from diffrl.errors import DiffRLError
-from diffrl.evaluate import picture_grid
+from diffrl.evaluate import GRID_COLUMNS, picture_grid
 from diffrl.evaluate_mixture import MixtureEvaluation
 from diffrl.guards import Guards
 from diffrl.log import RunLog, console, progress
@@ -33,9 +33,6 @@ from diffrl.types import EVALUATION_SEED, Context, Reward, Trajectory
 
 CHECKPOINTS = "checkpoints"
 """The name of their folder in a run's."""
-
-GRID_COLUMNS = 8
-"""Pictures in a row of the grid that an evaluation draws."""
 
 _ACTIONS, _EPISODES, _SHUFFLES = 2, 5, 6  # streams of random numbers
 _MOST_SKIPPED = 5  # updates in a row without a finite gradient
@@ -322,7 +319,7 @@ class Run:
             self.policy.control_scale = 1.0
             measures |= {f"scale_{scale:g}/{name}": value for name, value in scaled.items()}
         actor = self.setup.make_guided(self.policy, self.reward, GRID_COLUMNS)
-        picture = picture_grid(actor, self.setup.eval_prompts[:GRID_COLUMNS])
+        picture = picture_grid(actor, self.setup.eval_prompts)
         path = log.picture(update, "grid", picture)
         said = [f"reward {measures['reward_mean']:.3f}"]
         said += [f"accuracy {measures['accuracy']:.2f}"] if "accuracy" in measures else []

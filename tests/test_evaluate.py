@@ -7,10 +7,12 @@ import torch
 from conftest import assert_close
 from test_cli import FAST, fails
 
+import diffrl.evaluate
 from diffrl import config
+from diffrl.benchmarks.cost import unfitted_reward
 from diffrl.build import Setup
 from diffrl.cli import main
-from diffrl.evaluate import _control, _index, _log_means
+from diffrl.evaluate import GRID_COLUMNS, _control, _index, _log_means, picture_grid
 from diffrl.restore import measure, restore
 from diffrl.rewards.classifier import Classifier
 from diffrl.rewards.log_likelihood import Attribute, FitReport, LogLikelihood
@@ -170,3 +172,41 @@ def test_estimates_of_z_are_averaged_before_the_logarithm_and_by_label():
     means = _log_means(z.log(), torch.tensor([[0], [1], [0]]), (3,))
     assert_close(means[:2], [0.0, math.log(0.2)], atol=1e-9)
     assert means[2] is None
+
+
+class TestPictureGrid:
+    """Rows of it, before they are put together."""
+
+    def rows(self, monkeypatch, tiny_path, *words):
+        found = []
+        monkeypatch.setattr(
+            diffrl.evaluate, "grid", lambda rows, names, columns: found.extend([rows, columns])
+        )
+        setup = Setup(config.load([f"env.model={tiny_path}", "env.num_steps=2", *words]))
+        reward = unfitted_reward()
+        policy = setup.make_policy(reward.num_classes)
+        actor = setup.make_guided(policy, reward, GRID_COLUMNS)
+        picture_grid(actor, ["cat", "dog", "cow"])
+        return *found, actor
+
+    def test_the_pretrained_row_is_the_same_whatever_guides_and_every_row_has_its_noise(
+        self, monkeypatch, tiny_path
+    ):
+        plain, columns, _ = self.rows(monkeypatch, tiny_path)
+        assert columns == ["cat", "dog", "cow", "cat", "dog", "cow", "cat", "dog"]
+        for row in plain:  # untrained, and no label moves it
+            assert torch.equal(row, plain[0])
+        guided, *_ = self.rows(monkeypatch, tiny_path, "guidance=mpgd", "guidance.rho=3")
+        assert torch.equal(guided[0], plain[0])
+        assert not torch.equal(guided[1], plain[1])
+
+    def test_it_has_all_its_columns_however_few_envs_there_is_room_for(self, monkeypatch, tiny_path):
+        whole, *_ = self.rows(monkeypatch, tiny_path)
+        parts, columns, actor = self.rows(monkeypatch, tiny_path, "eval_batch=3")
+        assert actor.env.num_envs == 3
+        assert [len(row) for row in parts] == [len(columns)] * 5 == [8] * 5
+        assert torch.equal(parts[0], parts[4])
+        smc = ("guidance=smc", "guidance.num_particles=4", "guidance.gamma=30", "eval_batch=8")
+        populations, _, actor = self.rows(monkeypatch, tiny_path, *smc)
+        assert actor.env.num_envs == 8
+        assert [row.shape for row in populations] == [row.shape for row in whole]

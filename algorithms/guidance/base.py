@@ -53,6 +53,11 @@ class Guidance(_Attached):
         return None
 
     @property
+    def log_z_hat(self) -> Tensor | None:
+        """Log of an unbiased estimate of that law's Z for each picture of the last episode, or None."""
+        return None
+
+    @property
     def population(self) -> int:
         """K, the consecutive envs that share a prompt and a label and yield one picture."""
         return 1

@@ -75,6 +75,11 @@ class SMC(Guidance):
         """The exponent."""
         return self.gamma
 
+    @property
+    def log_z_hat(self) -> Tensor | None:
+        """`log_z`, unless the reward itself has no part in it."""
+        return self.log_z if self.last else None
+
     def begin(self, obs: Observation) -> None:
         """Weigh nothing yet."""
         count = len(obs["latents"])
