@@ -146,7 +146,8 @@ def stream(data: Pictures, order: Tensor, size: int) -> Iterator[Batch]:
         data,  # type: ignore[arg-type] # a tensor is a data set too
         batch_sampler=[part.tolist() for part in parts],
         collate_fn=_batch,
-        num_workers=data.workers if isinstance(data, PictureFiles) else 0,
+        # a worker that gets no part would be started for nothing
+        num_workers=min(data.workers, len(parts)) if isinstance(data, PictureFiles) else 0,
         generator=torch.Generator(),  # of the workers' seeds, or it would draw from the global one
     )
     for part, batch in zip(parts, loader, strict=True):

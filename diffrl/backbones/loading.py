@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tokenizers import pre_tokenizers
 from torch import nn
@@ -25,6 +25,7 @@ from diffrl.backbones.architectures import (
 )
 from diffrl.backbones.single_file import read_file
 from diffrl.errors import DiffRLError, first_line
+from diffrl.log import console
 from diffrl.schedule import make_scheduler
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -152,6 +153,8 @@ def _find(model: str, revision: str | None) -> Path:
         )
     # before gigabytes of what is not supported
     check_pipeline(model, _download(model, revision, ["model_index.json"]))
+    if not (constants.HF_HUB_OFFLINE or _is_cached(model, revision)):
+        console.print(f"env.model={model}: downloading, some GB, to {constants.HF_HUB_CACHE}")
     folder = _download(model, revision, _WANTED)
     bare = [p for p in NETWORKS if not (folder / p.name / f"{p.weights}.safetensors").is_file()]
     if bare:  # an old repository, or one half in the cache
@@ -161,6 +164,12 @@ def _find(model: str, revision: str | None) -> Path:
         if half:  # rounded weights, so only where there are no others
             folder = _download(model, revision, [*_WANTED, *pickles, *half])
     return folder
+
+
+def _is_cached(model: str, revision: str | None) -> bool:
+    """Return whether the config of the largest part is there already."""
+    cache = constants.HF_HUB_CACHE
+    return isinstance(try_to_load_from_cache(model, CONFIG_FILES["unet"], cache, revision), str)
 
 
 def _is_hub_id(model: str) -> bool:
