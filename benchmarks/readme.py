@@ -28,7 +28,10 @@ def written(text: str, results: Path) -> str:
     def table(name: str) -> str:
         if name in known:
             return known[name](results)
-        return _suite(results / f"{name}.json", "pictures drawn")
+        suite = results / f"{name}.json"
+        if suite.is_file():
+            return _suite(suite, "pictures drawn")
+        return _single(_read(results / "layers.json")["tables"][name])
 
     return _BLOCK.sub(lambda block: f"{block[1]}{table(block[2])}\n{block[3]}", text)
 
@@ -51,16 +54,16 @@ def _headline(results: Path) -> str:
             _short(row.get("eval/nfe_per_image")),
             _short(row.get("eval/seconds_per_image")),
             _with_interval(row, "eval/accuracy"),
-            _short(row.get("eval/prompt_fidelity")),
-            _short(row.get("eval/kl_nats")),
+            _with_interval(row, "eval/prompt_fidelity"),
+            _with_interval(row, "eval/kl_nats"),
         ]
         if both:
             other = both.get(method, {})
             line += [
                 _with_interval(other, "eval/accuracy"),
-                _short(other.get("eval/compressibility/accuracy")),
-                _short(other.get("eval/colourfulness/accuracy")),
-                _short(other.get("eval/prompt_fidelity")),
+                _with_interval(other, "eval/compressibility/accuracy"),
+                _with_interval(other, "eval/colourfulness/accuracy"),
+                _with_interval(other, "eval/prompt_fidelity"),
             ]
         lines.append(line)
     return _markdown(heading, lines)
@@ -72,7 +75,7 @@ def _emoji(results: Path) -> str:
         "accuracy",
         "macro F1",
         "worst class",
-        "prompt fidelity (before: .950)",
+        "prompt fidelity",
         "KL, nats",
     ]
     rows = []
@@ -117,6 +120,13 @@ def _exact(results: Path) -> str:
             ]
         )
     return _markdown(heading, rows)
+
+
+def _single(table: dict[str, Any]) -> str:
+    """Return runs of one seed each, by their titles."""
+    measures = ("accuracy", "prompt_fidelity", "kl_nats")
+    rows = [[run["title"], *(_short(run[name]) for name in measures)] for run in table["runs"]]
+    return _markdown([table["heading"], table["accuracy"], "fidelity", "KL (nats)"], rows)
 
 
 def _suite(path: Path, *spent: str) -> str:

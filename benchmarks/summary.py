@@ -99,6 +99,9 @@ def _of_pictures(points: list[dict[str, Any]]) -> dict[str, float]:
             found[f"{group}/macro_f1"] = _of_f1(counts)
             asked = zip(counts.diagonal(), counts.sum(1), strict=True)
             found |= {f"{group}/per_class/{y}": _of_share(*of) for y, of in enumerate(asked) if of[1]}
+        if last == "prompt_fidelity" and all({name, f"{group}/n"} <= point.keys() for point in points):
+            shares, counts = np.array([(point[name], point[f"{group}/n"]) for point in points]).T
+            found[name] = _of_share(round(shares @ counts), counts.sum())
     return found
 
 
@@ -110,17 +113,12 @@ def _of_share(hits: int, count: int) -> float:
 
 def _of_f1(counts: np.ndarray) -> float:
     """Return half the width of macro F1's interval by bootstrap over the pictures of a confusion."""
-
-    def macro_f1(pictures: np.ndarray) -> float:
-        drawn = np.bincount(pictures, minlength=counts.size).reshape(counts.shape)
-        return float((2 * drawn.diagonal() / (drawn.sum(0) + drawn.sum(1)).clip(min=1)).mean())
-
     pictures = np.repeat(np.arange(counts.size), counts.ravel())
     if len(pictures) < 2:
         return 0.0
     low, high = scipy.stats.bootstrap(
         (pictures,),
-        macro_f1,
+        lambda drawn: _macro_f1(np.bincount(drawn, minlength=counts.size).reshape(counts.shape)),
         vectorized=False,
         n_resamples=999,
         confidence_level=_LEVEL,
@@ -128,6 +126,11 @@ def _of_f1(counts: np.ndarray) -> float:
         random_state=0,
     ).confidence_interval
     return float(high - low) / 2
+
+
+def _macro_f1(counts: np.ndarray) -> float:
+    """Return macro F1 of counts `[asked, true]`, as scikit-learn does of pictures, but in microseconds."""
+    return float((2 * counts.diagonal() / (counts.sum(0) + counts.sum(1)).clip(min=1)).mean())
 
 
 def table(suite: Suite, rows: list[dict[str, Any]]) -> Table:

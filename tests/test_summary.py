@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 from conftest import assert_close
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from sklearn.metrics import f1_score
 
 from diffrl import plot
 from diffrl.benchmarks import charts, result, suites, summary
@@ -39,6 +41,22 @@ def test_one_seed_has_the_interval_of_its_pictures_and_each_class_is_a_measure()
     assert_close(row["eval/accuracy_ci95"], 1.96 * math.sqrt(0.75 * 0.25 / 200), atol=0.003)
     # Wilson's of 100 hits of 100 is [1 / (1 + 1.96^2 / 100), 1]
     assert_close(row["eval/per_class/1_ci95"], (1 - 1 / (1 + 1.96**2 / 100)) / 2, atol=1e-5)
+
+
+def test_fidelity_is_a_share_of_the_pictures_too():
+    cells = [
+        {"row": "a", "seed": seed, "minutes": 1.0, "points": [{"eval/prompt_fidelity": p, "eval/n": 100}]}
+        for seed, p in enumerate((0.6, 0.6))
+    ]
+    (row,) = summary.summarise("s", cells)
+    assert_close(row["eval/prompt_fidelity_ci95"], 1.96 * math.sqrt(0.6 * 0.4 / 200), atol=0.002)
+
+
+def test_macro_f1_of_counts_is_scikit_learn_s_of_pictures():
+    counts = np.array([[5, 2, 0, 0], [1, 7, 3, 0], [0, 4, 6, 0], [0, 0, 0, 0]])
+    asked, true = np.repeat(np.argwhere(counts >= 0), counts.ravel(), 0).T
+    expected = f1_score(asked, true, average="macro", labels=range(4), zero_division=0)
+    assert_close(summary._macro_f1(counts), expected, atol=1e-12)
 
 
 def test_seeds_that_agree_by_chance_have_the_interval_of_their_pictures():
