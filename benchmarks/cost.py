@@ -61,8 +61,11 @@ def measure(row: str, words: list[str], rounds: int) -> dict[str, Any]:
             counted = count_flops(take)
         seconds.append(now(cuda) - begin)
         calls = policy.num_calls - calls
-        if cuda and rounds > 1 and not number:
-            torch.cuda.reset_peak_memory_stats()
+        if rounds > 1 and not number:
+            if setup.config.env.compile:  # the round that counts does not
+                take()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
     pictures = algo.micro_batch_size
     kept = {}
     if hasattr(algo, "truncation") and row != "sampling":
@@ -81,10 +84,13 @@ def measure(row: str, words: list[str], rounds: int) -> dict[str, Any]:
 
 
 def count_flops(take: Callable[[], object]) -> int:
-    """Return the FLOPs of products, convolutions and attention while `take` runs, forward and backward."""
+    """Return the FLOPs of products, convolutions and attention while `take` runs, forward and backward.
+
+    Nothing runs compiled the while: the counter does not see into what compilation makes.
+    """
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     counter.mod_tracker = _Untracked()  # type: ignore[assignment]
-    with counter:
+    with torch.compiler.set_stance("force_eager"), counter:
         take()
     return counter.get_total_flops()
 

@@ -24,6 +24,7 @@ from rich import box
 from rich.table import Table
 
 from diffrl import config
+from diffrl.backbones.stable_diffusion import PRECISIONS
 from diffrl.benchmarks.cost import OUT_OF_MEMORY
 from diffrl.benchmarks.provenance import provenance
 from diffrl.envs.sd15 import SD15
@@ -42,7 +43,7 @@ ROWS: dict[str, list[str]] = {
     "rwr": ["+experiment=rwr_paper"],
     "plain ctrl, full": FULL,
     "plain ctrl, truncated": TRUNCATED,
-    "plain ctrl, truncated, fp32": [*TRUNCATED, "env.precision=fp32"],
+    "plain ctrl, truncated, tf32": [*TRUNCATED, "env.precision=tf32"],
 }
 """Each one's settings; `ctrl` is this toolkit's default, "truncated" the published random truncation."""
 
@@ -91,7 +92,7 @@ def settings(cell: Cell, words: Sequence[str] = ()) -> list[str]:
         for word in words
         if config.key_of(word) != "algo" and (own or not config.key_of(word).startswith("algo."))
     ]
-    if cell.row.endswith("fp32"):
+    if cell.row.endswith("tf32"):
         asked = [word for word in asked if config.key_of(word) != "env.precision"]
     before = ["env=emoji", "env.checkpointing=true", f"env.num_steps={cell.steps}", *batch]
     words = list({config.key_of(word): word for word in (*before, *row, *asked)}.values())
@@ -156,7 +157,7 @@ def compared(records: list[Record]) -> list[Record]:
             continue
         record["share_of_peak"] = record["flops_per_second"] / fastest
         row = _PUBLISHED.get(cell.row, cell.row)
-        for name in (f"plain {row}", f"plain {row}, fp32"):
+        for name in (f"plain {row}", f"plain {row}, tf32"):
             plain = known.get(cell._replace(row=name), {})
             if "seconds" in plain:
                 record[f"faster than {name}"] = record["pictures_per_second"] / plain["pictures_per_second"]
@@ -254,7 +255,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("words", nargs="*", metavar="key=value", help="settings, such as env=sd15 (default env=emoji)")
     add("--random-weights", action="store_true", help="the architecture alone, nothing is downloaded")
-    add("--precision", choices=("fp32", "fp16", "bf16"), help="of the network (default: the env's)")
+    add("--precision", choices=tuple(PRECISIONS), help="of the network (default: the env's)")
     add("--steps", type=int, help="T (default 50; quick 4)")
     add("--micro-batch", type=int, help="pictures at a time (default 4; quick 2)")
     add("--rounds", type=int, help="updates of each, the first of which warms up (default 4; quick 2)")
@@ -284,8 +285,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.full_width_update:
         defaults |= {"steps": 2, "micro_batch": 1, "rounds": 1, "rows": ["ctrl, full", "ddpo"]}
         options.words, options.scaling = [*_FULL_WIDTH, *options.words], False
-    if options.precision in (None, "fp32"):  # then it is the row above it once more
-        defaults["rows"] = [row for row in defaults["rows"] if not row.endswith("fp32")]
+    if options.precision in (None, "fp32", "tf32"):  # then it is the row above it once more
+        defaults["rows"] = [row for row in defaults["rows"] if not row.endswith("tf32")]
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

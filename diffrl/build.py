@@ -20,6 +20,7 @@ from diffrl.schedule import DDIMSchedule
 from diffrl.types import Backbone, Reward, stream_seed
 
 _DATASET = 7  # a stream of random numbers
+_MOST_COMPILATIONS = 32
 _FULL = "The model alone does not fit beside what else is there: end that, or take another device."
 
 
@@ -33,7 +34,8 @@ class Setup:
     def __init__(self, config: Config) -> None:
         check(config)
         self.config = config
-        self.device = processes.join(_device(config.device))
+        tf32 = getattr(config.env, "precision", "fp32") != "fp32"
+        self.device = processes.join(_device(config.device), tf32=tf32)
         console.quiet = not processes.is_first()
         if getattr(config.env, "random_weights", False):
             console.print("env.random_weights=true: for speed and memory alone; the result means nothing.")
@@ -51,7 +53,7 @@ class Setup:
 
     def make_policy(self, num_classes: tuple[int, ...]) -> Policy:
         """Return the policy: the pretrained model with fresh adapters and no control learnt yet."""
-        return Policy(
+        policy = Policy(
             self.backbone.unet,
             self.schedule,
             self.backbone.encode_prompts([""]),
@@ -61,6 +63,11 @@ class Setup:
             checkpointing=self.config.env.checkpointing,
             seed=self.config.seed,
         )
+        if self.config.env.compile:
+            # adapters on or off, a graph or none, a few batch sizes of each: past the limit all is eager
+            torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
+            policy.unet.compile()  # in place: its weights keep their names
+        return policy
 
     def make_env(self, reward: Reward, num_envs: int, group_size: int = 1) -> DenoisingVectorEnv:
         """Return an env of this model with `reward`."""

@@ -111,7 +111,7 @@ _KINDS = {
     "env": _Kind(
         "diffrl.envs",
         ("load(self)", "num_steps"),
-        {"eta": 1.0, "guidance_scale": 1.0, "checkpointing": False},
+        {"eta": 1.0, "guidance_scale": 1.0, "checkpointing": False, "compile": False},
         "derive it from an env's settings, such as diffrl.envs.emoji.Emoji, or give it what is missing.",
     ),
     "reward": _Kind(

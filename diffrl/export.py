@@ -22,7 +22,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffrl import card, processes, settings_file, weights
+from diffrl import card, settings_file, weights
 from diffrl.algorithms.guidance.base import Unguided
 from diffrl.algorithms.untrained import Untrained
 from diffrl.build import Setup
@@ -73,8 +73,7 @@ def export(run: Path, out: Path, form: str = "diffrl", num_pictures: int = 64) -
     try:
         draft.mkdir(parents=True)
         lora_file = _write(run, config, draft, form, out.name)
-        with processes.whole_float32():
-            compared = _compare(sampler, draft, form, draft / lora_file, weights.read_lora(run))
+        compared = _compare(sampler, draft, form, draft / lora_file, weights.read_lora(run))
         card.write(draft, out.name, form, run, sampler, compared, num_pictures)
         draft.rename(out)
     except OSError as error:

@@ -174,6 +174,7 @@ def _pictures_file(setup: Setup) -> Path:
 def _drawn_by(setup: Setup) -> list[Any]:
     """Return what decides the pictures besides the seed and their number."""
     env = settings_file.facts(setup.config)["env"]
+    env.pop("compile", None)  # the same pictures, but for their rounding
     whose = getattr(setup.config.env, "from_package", [])  # it may have all of emoji's settings
     return [env, setup.prompts, setup.config.eval_batch, str(setup.device.type), *whose]
 

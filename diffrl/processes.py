@@ -21,10 +21,12 @@ _LONGEST_WAIT = timedelta(hours=6)  # for the first one's evaluation
 T = TypeVar("T")
 
 
-def join(device: torch.device) -> torch.device:
+def join(device: torch.device, *, tf32: bool) -> torch.device:
     """Meet the others that `accelerate launch` or torchrun started, and return our own device.
 
-    A GPU is PyTorch's current one from here on.
+    A GPU is PyTorch's current one from here on. With `tf32` it rounds the factors of float32 products and
+    convolutions to 10 bits: several times as fast, but two ways to the same picture come to differ by what
+    is rounded, which many guided steps magnify.
     """
     begun = PartialState._shared_state != {}
     state = PartialState(cpu=device.type == "cpu", timeout=_LONGEST_WAIT)
@@ -34,25 +36,9 @@ def join(device: torch.device) -> torch.device:
     if device.type == "cuda":
         if device.index is not None:  # else it is the current one
             torch.cuda.set_device(device)  # of which clock and memory are asked
-        # TF32, as convolutions have it by PyTorch's default; NVIDIA_TF32_OVERRIDE=0 takes it from both
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
     return device
-
-
-@contextmanager
-def whole_float32() -> Iterator[None]:
-    """Multiply float32 as it is, where `join` lets a GPU round its factors to TF32.
-
-    Two ways to the same picture come to differ by what TF32 rounds, which many guided steps magnify.
-    """
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager

@@ -21,6 +21,7 @@ class GaussianMixture:
     model_seed: int = 0  # of the denoiser's fit; `seed` is the run's
 
     checkpointing: ClassVar[bool] = False  # so small a network is dearer to run again than to keep
+    compile: ClassVar[bool] = False  # it would take longer than all that it saves
     guidance_scale: ClassVar[float] = 1.0  # there is no prompt to guide by
     own_reward: ClassVar[str] = "softmax"  # chosen with this env unless another is asked for
 

@@ -14,13 +14,14 @@ class SD15:
 
     model: str = DEFAULT_MODEL  # hub id, diffusers folder, or .safetensors file of the original layout
     revision: str | None = None  # branch, tag or commit of a hub id; null: its main branch
-    precision: str = "fp32"  # of the denoiser: fp32, bf16, or fp16 (no training); all else is fp32
+    precision: str = "tf32"  # of the denoiser: fp32, tf32, bf16, or fp16 (no training); all else is tf32
     image_size: int | None = None  # pixels a side; null: the model's own, 512
     random_weights: bool = False  # no download, the architecture alone: its speed, not its pictures
     num_steps: int = 50  # T; CTRL, Table 2
     eta: float = 1.0  # DDIM's: 0 deterministic, 1 as much noise as DDPM
     guidance_scale: float = 7.5  # of the prompt: CTRL, Table 2; 1 switches it off
     checkpointing: bool = True  # recompute a chain's activations in the backward pass: far less memory
+    compile: bool = False  # the denoiser, by torch.compile: the first step takes minutes, the others less
 
     def __post_init__(self) -> None:
         if self.guidance_scale < 1:

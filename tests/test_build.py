@@ -22,6 +22,17 @@ def test_a_device_that_is_full_before_anything_is_drawn_is_named(monkeypatch):
         Setup(config.load(["device=cpu"]))
 
 
+def test_the_denoiser_is_compiled_where_it_is_asked_for_and_its_weights_keep_their_names(tiny_path):
+    def unet(*words):
+        setup = Setup(config.load([f"env.model={tiny_path}", "device=cpu", *words]))
+        return setup.make_policy((4,)).unet
+
+    plain, compiled = unet(), unet("env.compile=true")
+    assert plain._compiled_call_impl is None
+    assert compiled._compiled_call_impl is not None  # compiled by its first call
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
 def test_no_stream_of_a_run_is_the_env_s_own():
     setup = Setup(config.load(["env=gaussian_mixture", "seed=3"]))
     assert own_seed(3) not in {

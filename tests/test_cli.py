@@ -193,7 +193,7 @@ class TestTrain:
             (["env.model=/no/such/place"], "env.model=/no/such/place: no such folder"),
             (["env=sd15"], "no such folder here, not in the cache"),
             (["env=sd15", "env.image_size=510"], "env.image_size=510: must be a multiple of 8"),
-            (["env.precision=half"], "env.precision=half: must be one of fp32, bf16, fp16"),
+            (["env.precision=half"], "env.precision=half: must be one of fp32, tf32, bf16, fp16"),
             (["env.precision=fp16"], "env.precision=fp16: gradients underflow in it"),
             (["dataset=/no/such/place"], "dataset=/no/such/place: no such folder"),
             (["dataset=/", "env=gaussian_mixture"], "dataset=/: for pictures"),

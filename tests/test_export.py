@@ -17,7 +17,7 @@ from test_cli import fails
 from torch import nn
 
 import diffrl.export
-from diffrl import ControlledStableDiffusionPipeline, settings_file, weights
+from diffrl import ControlledStableDiffusionPipeline, processes, settings_file, weights
 from diffrl import config as settings
 from diffrl.cli import main
 from diffrl.draw import draw
@@ -269,24 +269,18 @@ class TestNothingIsHalfWritten:
         assert "reloaded, it draws other pictures; they differ by up to 0." in line
         assert self.nothing_in(tmp_path)
 
-    def test_they_are_compared_in_whole_float32_though_a_gpu_draws_in_tf32(
+    def test_they_are_compared_in_whole_float32_whatever_the_run_drew_in(
         self, learnt_run, tmp_path, monkeypatch
     ):
-        def precisions():
-            return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-
-        seen, compare = [], diffrl.export._compare
+        run, seen, join = tmp_path / "run", [], processes.join
+        shutil.copytree(learnt_run, run)
+        settings = run / "config.yaml"
+        settings.write_text(settings.read_text().replace("precision: fp32", "precision: bf16"))
         monkeypatch.setattr(
-            diffrl.export, "_compare", lambda *args: seen.append(precisions()) or compare(*args)
+            processes, "join", lambda device, tf32: seen.append(tf32) or join(device, tf32=tf32)
         )
-        before = precisions()
-        torch.set_float32_matmul_precision("high")
-        try:
-            diffrl.export.export(learnt_run, tmp_path / "out", "diffusers", num_pictures=1)
-            assert seen == [("highest", False)]
-            assert precisions() == ("high", before[1])
-        finally:
-            torch.set_float32_matmul_precision(before[0])
+        diffrl.export.export(run, tmp_path / "out", "diffusers", num_pictures=1)
+        assert seen == [False]
 
     def test_a_layer_that_the_format_loses_is_named(self, learnt_run, tmp_path, capsys, monkeypatch):
         true = diffrl.export.convert_state_dict_to_kohya

@@ -170,15 +170,21 @@ def test_the_first_one_draws_and_fits_for_all_however_late_it_comes(tiny_path, t
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
 
 
-def test_a_gpu_is_the_current_one_and_multiplies_in_tf32(monkeypatch):
+def test_a_gpu_is_the_current_one_and_multiplies_as_the_precision_says(monkeypatch):
     said = []
     monkeypatch.setattr(torch.cuda, "set_device", said.append)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
-    assert processes.join(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    assert processes.join(torch.device("cpu"), tf32=True) == torch.device("cpu")
     assert said == []
-    for name, expected in (("cuda:1", [torch.device("cuda:1"), "high"]), ("cuda", ["high"])):
-        assert processes.join(torch.device(name)) == torch.device(name)
+    for name, tf32, expected in (
+        ("cuda:1", True, [torch.device("cuda:1"), "high"]),
+        ("cuda", True, ["high"]),
+        ("cuda", False, ["highest"]),
+    ):
+        assert processes.join(torch.device(name), tf32=tf32) == torch.device(name)
         assert said == expected
+        assert torch.backends.cudnn.allow_tf32 is tf32
         said.clear()
 
 

@@ -15,7 +15,12 @@ from typing_extensions import Self
 from diffrl.backbones.loading import Parts, load_parts, random_parts
 from diffrl.errors import DiffRLError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # its products are rounded, see `processes.join`
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 """Of the denoiser's weights and activations, by name."""
 
 _PIXELS_AT_ONCE = 512**2
@@ -29,7 +34,7 @@ class StableDiffusion(nn.Module):
 
     Args:
         parts: as they were read.
-        precision: of the denoiser, one of `PRECISIONS`.
+        precision: what the denoiser is held in, one of `PRECISIONS`.
         image_size: S; None is what the model was trained at.
     """
 
