@@ -55,14 +55,14 @@ def _headline(results: Path) -> str:
             _short(row.get("eval/seconds_per_image")),
             _with_interval(row, "eval/accuracy"),
             _with_interval(row, "eval/prompt_fidelity"),
-            _with_interval(row, "eval/kl_nats"),
+            _short(row.get("eval/kl_nats")),
         ]
         if both:
             other = both.get(method, {})
             line += [
                 _with_interval(other, "eval/accuracy"),
-                _with_interval(other, "eval/compressibility/accuracy"),
-                _with_interval(other, "eval/colourfulness/accuracy"),
+                _short(other.get("eval/compressibility/accuracy")),
+                _short(other.get("eval/colourfulness/accuracy")),
                 _with_interval(other, "eval/prompt_fidelity"),
             ]
         lines.append(line)

@@ -26,8 +26,8 @@ from diffrl.settings_file import command
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _WIDEST = 1100  # pixels of a picture grid
 _OF_SEVERAL = (
-    "Mean over seeds and half the width of Student's 95% interval; of accuracies no less than Wilson's of "
-    "the pictures, of macro F1 than their bootstrap's; of seconds the fewest."
+    "Mean over seeds and half the width of Student's 95% interval; of accuracies and fidelity no less than "
+    "Wilson's of the pictures, of macro F1 than their bootstrap's; of seconds the fewest."
 )
 _OF_A_RUN: dict[str, str | list[str]] = {
     "reward": "eval/reward_mean",

@@ -262,9 +262,13 @@ class TestInTheBrowser:
         assert names() == ["svdd", "pretrained", "ctrl", "crash"]
         assert noticed == []
 
-    def test_a_phone_scrolls_the_table_and_not_the_page(self, browser, page):
+    def test_a_phone_scrolls_tables_and_charts_and_not_the_page(self, browser, page):
         tab, _ = self.opened(browser, page, viewport={"width": 390, "height": 844})
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        charts = tab.locator("figure svg")
+        assert charts.count() > 0
+        for chart in charts.all():
+            assert chart.bounding_box()["width"] >= 600  # or nobody could read its labels
 
     def test_it_is_dark_in_the_dark(self, browser, page):
         shades = []

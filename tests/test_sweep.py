@@ -20,6 +20,15 @@ def test_a_sweep_trains_every_combination(tmp_path, monkeypatch, capsys, hasty):
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["algo=ctrl", "algo=ddpo"]
 
 
+def test_a_launcher_of_hydra_s_trains_them_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["env=gaussian_mixture", "env.num_steps=4", "algo=ddpo", "algo.updates=1"]
+    words += ["algo.batch_size=8", "algo.micro_batch_size=8", "seed=0,1"]
+    assert main(["train", "-m", *words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]) == 0
+    done = tmp_path.glob("multirun/*/*/seed=*/control.safetensors")
+    assert sorted(path.parent.name for path in done) == ["seed=0", "seed=1"]
+
+
 def test_a_sweep_over_presets_names_each_run_after_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = []
