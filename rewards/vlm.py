@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, ClassVar
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class VLM:
             answer = None
             try:
                 request = Request(url, json.dumps(body).encode(), headers)
-                with urlopen(request, timeout=self.timeout) as response:
+                with build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
                     answer = json.load(response)["choices"][0]["message"]["content"]
                 return read_mark(answer)
             except HTTPError as error:
@@ -123,6 +123,12 @@ class VLM:
         ]
         body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         return body if self.temperature is None else body | {"temperature": self.temperature}
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """The API key goes to no other address than the one that it was given for."""
+
+    def redirect_request(self, *_: Any) -> None: ...
 
 
 def read_mark(answer: str) -> float:

@@ -45,6 +45,8 @@ class Handler(BaseHTTPRequestHandler):
             answer = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
+        if 300 <= status < 400:
+            self.send_header("Location", "/elsewhere")
         self.end_headers()
         self.wfile.write(answer)
 
@@ -94,6 +96,14 @@ def test_the_request_holds_model_question_and_the_picture_as_png(server, monkeyp
     assert kind == "data:image/png;base64"
     pixels = np.array(Image.open(io.BytesIO(base64.b64decode(data))))
     assert pixels.tolist() == to_pixels(images)[0].tolist()
+
+
+def test_a_key_follows_no_redirect(server, monkeypatch):
+    monkeypatch.setenv("LOOKER_KEY", "secret")
+    server.reply = lambda body, count: (302, "moved")
+    with pytest.raises(DiffRLError, match=r"in 1 attempt\(s\): HTTP 302"):
+        reward(server, key_variable="LOOKER_KEY")(pictures(), context("cat"))
+    assert server.paths == ["/v1/chat/completions"]
 
 
 def test_without_a_key_variable_none_is_sent_and_a_named_one_must_be_set(server, monkeypatch):
