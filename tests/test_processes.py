@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -98,7 +100,7 @@ def alone(tiny_path, tmp_path_factory):
 
 
 # of 6 micro-batches, 4 processes have 2, 2, 1 and 1
-@pytest.mark.parametrize(("count", "names"), [(2, tuple(RUNS)), (4, ("ctrl", "rwr-sparse"))])
+@pytest.mark.parametrize(("count", "names"), [(2, tuple(RUNS)), (4, ("ctrl", "ddpo", "rwr-sparse"))])
 def test_the_result_does_not_depend_on_how_many_share_the_run(count, names, alone, tiny_path, tmp_path):
     root, cache = alone
     run = launch(count, commands(tiny_path, tmp_path, names), cache, tmp_path / "log")
@@ -220,6 +222,21 @@ def scorer(images, context):
         raise OSError("the scorer's socket is gone")
     return images.mean((1, 2, 3))
 """
+
+
+def test_accelerate_s_own_command_shares_a_run(tmp_path):
+    words = ["env=gaussian_mixture", "env.num_steps=4", "algo=ddpo", "algo.updates=2", "algo.batch_size=8"]
+    words = ["train", *words, "algo.micro_batch_size=2", f"root={tmp_path}", "device=cpu"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [*launcher, "-m", "diffrl.cli", *words, "name=two"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two: done in") == 1
+    assert main([*words, "name=one"]) == 0
+    for one, several in zip(numbers(tmp_path / "one"), numbers(tmp_path / "two"), strict=True):
+        assert one.keys() == several.keys()
+        for name, value in one.items():
+            assert_close(several[name], value, atol=1e-4 * (1 + abs(value)))
 
 
 def test_one_that_fails_ends_the_others_with_its_error_shown(alone, tiny_path, tmp_path):
