@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from test_cli import FAST
 from test_processes import launch
 
+from diffrl import config
+from diffrl.benchmarks import throughput
+from diffrl.build import Setup
 from diffrl.cli import main
 
 DEVICE = "cuda"
@@ -105,6 +108,26 @@ def test_the_doctor_finds_nothing(name, tiny_path):
     fast = [word for word in FAST if not word.startswith("algo.")]
     words = [f"env.model={tiny_path}", f"device={DEVICE}", *fast, *ALGORITHMS[name]]
     assert main(["doctor", *words]) == 0
+
+
+def test_only_tf32_rounds_the_factors_of_float32_products(tiny_path):
+    """1 + 2^-12 has twelve bits behind the point, and TF32 keeps ten."""
+    fine, identity = torch.full((64, 64), 1 + 2**-12, device=DEVICE), torch.eye(64, device=DEVICE)
+    for precision, rounded in (("fp32", False), ("tf32", True)):
+        Setup(config.load([f"env.model={tiny_path}", f"device={DEVICE}", f"env.precision={precision}"]))
+        assert bool((fine @ identity != fine).any()) is rounded
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_the_benchmark_tells_time_memory_and_the_share_of_the_peak(compiled, tiny_path, capsys):
+    words = [f"env.model={tiny_path}", f"device={DEVICE}", f"env.compile={compiled}"]
+    options = ["--quick", "--no-scaling", "--json", "--rows", "sampling", "ctrl, full", "ddpo"]
+    assert throughput.main([*words, *options]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["row"] for record in records] == ["sampling", "ctrl, full", "ddpo"]
+    for record in records:
+        assert 0 < record["held_gb"] <= record["peak_gb"]
+        assert 0 < record["share_of_peak"] < 1
 
 
 def test_a_process_of_torchrun_trains_as_it_does_alone(tiny_path, tmp_path):
