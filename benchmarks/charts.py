@@ -13,9 +13,11 @@ from diffrl.benchmarks.summary import SPENT, first_of, interval, over_seeds, sev
 from diffrl.plot import Line
 
 _PRICES = {
-    "network calls a picture": "eval/nfe_per_image",
+    "seconds a picture": "eval/seconds_per_image",
     "KL to the pretrained model (nats)": "eval/kl_nats",
+    "prompt fidelity": "eval/prompt_fidelity",
 }
+_GAINS = ("prompt fidelity",)  # the price is what is lost of it
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def charts(suite: Suite, records: list[dict[str, Any]], rows: list[dict[str, Any
             "Up and left is better; mean over seeds with its 95% interval. A method whose steps have no "
             "density has no KL."
         )
-        found.append(Chart("Control against its price", said, plot.frontier, (panels, "accuracy")))
+        found.append(Chart("Control against its price", said, plot.frontier, (panels, "accuracy", _GAINS)))
     return found
 
 

@@ -137,13 +137,20 @@ def learning(panels: Panels, measure: str) -> Figure:
     return figure
 
 
-def frontier(panels: Panels, measure: str) -> Figure:
-    """Return one panel a price, `{price: points by name}`, as `learning`, on logarithmic scales from 1."""
+def frontier(panels: Panels, measure: str, gains: Sequence[str] = ()) -> Figure:
+    """Return one panel a price, `{price: points by name}`, as `learning`, on logarithmic scales.
+
+    Of the `gains` more is better: they run from right to left, on a scale that is not logarithmic.
+    """
     figure = learning(panels, measure)
-    for axes in figure.axes:
-        axes.set_xscale("symlog", linthresh=1)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes, (price, points) in zip(figure.axes, panels.items(), strict=True):
         axes.margins(x=0.1)
+        if price in gains:
+            axes.invert_xaxis()
+            continue
+        least = min((x for line in points for x in line.x if x > 0), default=1)
+        axes.set_xscale("symlog", linthresh=min(least, 1))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1 else EngFormatter(sep="")(x))
     return figure
 
 

@@ -268,7 +268,7 @@ class TestInTheBrowser:
         charts = tab.locator("figure svg")
         assert charts.count() > 0
         for chart in charts.all():
-            assert chart.bounding_box()["width"] >= 600  # or nobody could read its labels
+            assert chart.bounding_box()["width"] >= 900  # or nobody could read its labels
 
     def test_it_is_dark_in_the_dark(self, browser, page):
         shades = []

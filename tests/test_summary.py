@@ -160,32 +160,37 @@ def test_a_sweep_is_a_picture_beside_its_numbers(tmp_path):
 
 
 def test_accuracy_against_its_price_has_a_point_for_each_row_that_pays_it(tmp_path):
-    def cell(row, accuracy, kl, calls):
-        point = {"eval/accuracy": accuracy, "eval/kl_nats": kl, "eval/nfe_per_image": calls}
+    def cell(row, accuracy, kl, seconds, fidelity):
+        point = {"eval/accuracy": accuracy, "eval/kl_nats": kl, "eval/seconds_per_image": seconds}
+        point |= {"eval/prompt_fidelity": fidelity}
         return {"row": row, "seed": 0, "minutes": 1.0, "points": [point]}
 
     records = [
-        cell("svdd", 0.75, None, 181.0),
-        cell("ctrl", 0.5, 100.0, 10.0),
-        cell("none", 0.25, 0.0, 10.0),
+        cell("svdd", 0.75, None, 3.0, 0.9),
+        cell("ctrl", 0.5, 100.0, 0.05, 0.8),
+        cell("none", 0.25, 0.0, 0.05, 0.9),
     ]
     suite = suites.Suite(rows={"svdd": [], "ctrl": [], "none": []}, columns={"a": "eval/accuracy"})
     rows = result.finish("s", suite, records, [], tmp_path)
     (chart,) = charts.charts(suite, records, rows)
-    panels, _ = chart.data
+    panels, *_ = chart.data
     assert {
         title: {line.name: (*line.x, *line.y) for line in lines} for title, lines in panels.items()
     } == {
         "KL to the pretrained model (nats)": {"ctrl": (100.0, 0.5), "none": (0.0, 0.25)},
-        "network calls a picture": {"svdd": (181.0, 0.75), "ctrl": (10.0, 0.5), "none": (10.0, 0.25)},
+        "seconds a picture": {"svdd": (3.0, 0.75), "ctrl": (0.05, 0.5), "none": (0.05, 0.25)},
+        "prompt fidelity": {"svdd": (0.9, 0.75), "ctrl": (0.8, 0.5), "none": (0.9, 0.25)},
     }
-    calls, kl = chart.figure(*chart.data).axes
-    colors = [{bar.get_label(): bar[0].get_color() for bar in axes.containers} for axes in (calls, kl)]
+    seconds, kl, fidelity = chart.figure(*chart.data).axes
+    left, right = fidelity.get_xlim()
+    assert left > right  # less of it is a price
+    assert [kl.get_xlim()[0] < kl.get_xlim()[1], seconds.get_xscale()] == [True, "symlog"]
+    colors = [{bar.get_label(): bar[0].get_color() for bar in axes.containers} for axes in (seconds, kl)]
     assert {name: colors[0][name] for name in colors[1]} == colors[1]  # though svdd is in one alone
     assert len(set(colors[0].values())) == 3
     assert (tmp_path / "s.png").is_file()
     assert charts.prices(rows[1:2]) == {}  # one point compares nothing
-    assert list(charts.prices(rows[1:])) == ["KL to the pretrained model (nats)"]  # nor does one price
+    assert "seconds a picture" not in charts.prices(rows[1:])  # nor does one price
 
 
 def test_a_record_has_the_bare_names_of_an_evaluation():
