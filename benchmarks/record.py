@@ -1,6 +1,6 @@
 """A run's numbers and its last grid, as the pages show them: `python -m diffrl.benchmarks.record RUN NAME`.
 
-It writes NAME.json and NAME.png to benchmarks/results/ (`--out`); `diffrl.benchmarks.readme` finds them there:
+It writes NAME.json and NAME.png to benchmarks/results/ (`--out`), where `benchmarks.readme` finds them:
 
     diffrl train name=mine && python -m diffrl.benchmarks.record runs/mine emoji-ctrl-seed0
 """
