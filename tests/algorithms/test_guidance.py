@@ -122,22 +122,19 @@ class Bright:
         return images.flatten(1).mean(1) * (1 + context.label[:, 0])
 
 
-EACH_ALONE = pytest.mark.parametrize(
-    "guidance",
-    [
-        Reconstruction(),
-        Reconstruction(jacobian="frozen"),
-        MPGD(),
-        MPGD(step="normalised"),
-        SVDD(4, selection="argmax"),
-        SMC(4, ess_threshold=1.0, twisted=True),
-        SMC(4),  # its populations resample at different steps
-    ],
-    ids=repr,
-)
+EACH_ALONE = [
+    Reconstruction(),
+    Reconstruction(jacobian="frozen"),
+    MPGD(),
+    MPGD(step="normalised"),
+    SVDD(4, selection="argmax"),
+    SMC(4, ess_threshold=1.0, twisted=True),
+    SMC(4),  # its populations resample at different steps
+]
+DRAWN = [SVDD(4), SMC(4, ess_threshold=1.0, resampling="multinomial")]  # by torch.multinomial
 
 
-@EACH_ALONE
+@pytest.mark.parametrize("guidance", [*EACH_ALONE, *DRAWN], ids=repr)
 def test_no_sample_depends_on_another_ones_label(guidance):
     """Label and x_T of the last population change, the others stay where they were."""
     actor, env = attach(guidance, 3)
@@ -154,7 +151,7 @@ def test_no_sample_depends_on_another_ones_label(guidance):
     assert (one[2 * k :] - other[2 * k :]).abs().min() > 1e-3
 
 
-@EACH_ALONE
+@pytest.mark.parametrize("guidance", EACH_ALONE, ids=repr)
 def test_a_batch_in_another_order_is_drawn_in_that_order(guidance, monkeypatch):
     """All that belongs to a population moves with it: label, x_T and every random number."""
     actor, env = attach(guidance, 3)
@@ -253,6 +250,19 @@ def test_keeping_eps_moves_the_mean_by_sqrt_p_times_the_step():
     slope = -4 * torch.sigmoid(4 * x_0 - 1)
     p = float(actor.schedule.alpha_bar_prev[20])
     assert_close(moved.mean - plain.mean, 0.3 * slope * p**0.5, atol=1e-6)
+
+
+def test_mpgd_moves_a_picture_within_its_window_alone():
+    """From a quarter of the trajectory on, and no longer from its half on."""
+    whole, part, plain = (attach(g, 5)[0] for g in (MPGD(), MPGD(start=0.25, stop=0.5), Unguided()))
+    num_steps = part.schedule.num_steps
+    moved = []
+    for i in range(num_steps):
+        means = [law_of(actor, state(i=i)).mean for actor in (whole, part, plain)]
+        moved.append(not torch.equal(means[1], means[2]))
+        assert torch.equal(means[1], means[0] if moved[-1] else means[2])
+    assert moved == [0.25 <= i / num_steps < 0.5 for i in range(num_steps)]
+    assert any(moved)
 
 
 def test_a_normalised_step_has_the_length_of_the_guidance_until_the_picture_is_good_enough():
