@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import assert_close
 from mixture import ALPHA_BAR, ClosedFormPolicy, Linear, attach, run, state, target
+from test_exact import solve
 
 from diffrl import config
 from diffrl.algorithms.guidance.base import Unguided
@@ -18,6 +19,7 @@ from diffrl.backbones.gaussian_mixture import Mixture
 from diffrl.build import Setup
 from diffrl.envs.denoising import DenoisingVectorEnv
 from diffrl.errors import DiffRLError
+from diffrl.exact import moments
 from diffrl.policy import Policy
 from diffrl.rollout import rollout
 from diffrl.schedule import DDIMSchedule
@@ -67,6 +69,23 @@ class TestBias:
         few, many = (run(SVDD(m, gamma=1.0), 4000)[0] for m in (4, 50))
         assert target()[0] + 0.02 < few.mean() < many.mean()
         assert many.std() < few.std() < target()[1]
+
+    def test_svdd_s_bias_is_its_value_function_s_with_the_true_one_it_has_none(self):
+        toy = solve()
+
+        class Oracle(SVDD):
+            def value(self, obs, eps):
+                log_h = toy.values[int(self.schedule.index(obs["timestep"])[0]), 1]
+                x = obs["latents"].flatten().clamp(toy.points[0], toy.points[-1])
+                place = torch.searchsorted(toy.points, x).clamp(1, len(log_h) - 1)
+                share = (x - toy.points[place - 1]) / (toy.points[place] - toy.points[place - 1])
+                return torch.lerp(log_h[place - 1], log_h[place], share)
+
+        best = [float(m) for m in moments(toy.attainable[1], toy.points)]  # x_T ~ N(0, 1)
+        true, learnt = (run(kind(50, gamma=1.0), 4000)[0] for kind in (Oracle, SVDD))
+        assert_close([true.mean(), true.std()], best, atol=0.02)  # three standard errors
+        assert learnt.mean() > best[0] + 0.05
+        assert learnt.std() < best[1] - 0.05
 
     def test_two_twisted_particles_err_past_the_target_and_two_plain_ones_towards_the_prior(self):
         twisted, plain = (run(SMC(2, twisted=t, ess_threshold=1.0), 6000)[0].mean() for t in (True, False))

@@ -33,6 +33,41 @@ class TestSMC:
         assert z.std() / len(z) ** 0.5 < 0.01
 
 
+class Coordinates(ClosedFormPolicy):
+    """The mixture's law in every one of d dimensions, independently."""
+
+    def guided_eps(self, obs, *, in_chain=False):
+        each = {
+            "latents": obs["latents"].reshape(-1, 1, 1, 1),
+            "timestep": obs["timestep"].repeat_interleave(64),
+        }
+        return super().guided_eps(each).view_as(obs["latents"])
+
+
+class MeanAbove:
+    """log p(1|x) of the mean of all coordinates, three of its standard deviations from its own."""
+
+    differentiable, num_classes = True, (2,)
+
+    def __call__(self, images, context):
+        return torch.nn.functional.logsigmoid(20 * (images.flatten(1).mean(1) - 0.2))
+
+
+def test_in_many_dimensions_weights_collapse_unless_the_proposal_is_twisted():
+    """Never resampled, 64 particles in 64 dimensions: how many of them count in the end."""
+    policy, points = Coordinates(), Points()
+    points.latent_shape = (64, 1, 1)
+    shares = []
+    for twisted in (False, True):
+        env = DenoisingVectorEnv(points, policy.schedule, MeanAbove(), ["x"], num_envs=640, group_size=64)
+        actor = SMC(64, twisted=twisted, ess_threshold=0.0).attach(policy, env)
+        rollout(env, actor, torch.Generator().manual_seed(0), seed=0)
+        weights = actor.log_weights.softmax(1)
+        shares.append(float((1 / weights.square().sum(1)).mean()) / 64)
+    assert shares[0] < 0.2
+    assert shares[1] > 0.6
+
+
 def test_an_exact_potential_with_an_exact_proposal_leaves_nothing_to_weigh():
     """Gaussian prior, linear reward: log h_t = a E[x_0|x_t] + const, and its gradient is all the tilt."""
     policy = ClosedFormPolicy(Mixture([1.0], [[0.0]], [1.0]), num_steps=500)
