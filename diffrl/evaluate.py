@@ -4,7 +4,6 @@ Shapes: n pictures, A attributes of a label, C labels in all.
 """
 
 import math
-import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from diffrl.algorithms.guidance.base import Guidance
 from diffrl.envs.prompts import LabelledPrompt
 from diffrl.log import grid
+from diffrl.meter import now
 from diffrl.policy import Pretrained
 from diffrl.quality import brisque, clip_score, diversity, image_statistics
 from diffrl.rewards.log_likelihood import LogLikelihood
@@ -199,10 +199,10 @@ def _by_label(values: Tensor, target: Tensor, num_classes: tuple[int, ...]) -> l
 
 def _cost(actor: Guidance, seed: int) -> dict[str, float]:
     """Return network calls, reward calls and seconds a picture, of sampling: without KL and measures."""
-    env, policy = actor.env, actor.policy
-    calls, scored, begin = policy.num_calls, env.num_scored, time.perf_counter()
+    env, policy, cuda = actor.env, actor.policy, actor.env.device.type == "cuda"
+    calls, scored, begin = policy.num_calls, env.num_scored, now(cuda)
     rollout(env, actor, torch.Generator(env.device).manual_seed(seed), seed=seed)
-    seconds, pictures = time.perf_counter() - begin, env.num_envs / actor.population
+    seconds, pictures = now(cuda) - begin, env.num_envs / actor.population
     return {
         "nfe_per_image": (policy.num_calls - calls) / pictures,
         # the env scores every picture once at the end, which sampling by itself does not ask for
