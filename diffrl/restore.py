@@ -70,6 +70,7 @@ def restore(path: Path, overrides: dict[str, Any]) -> tuple[Setup, Policy, Rewar
             setattr(config, name, f"{kind}{path / file.name}")
     for name, value in overrides.items():
         setattr(config, name, value)
+    config.env.compile = False  # it would take longer than what is drawn of a finished run
     setup, policy, reward = untrained(path, config)
     weights.load(policy, path)
     return setup, policy, reward

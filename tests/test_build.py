@@ -1,4 +1,5 @@
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from diffrl.build import Setup
 from diffrl.envs.denoising import own_seed
 from diffrl.envs.emoji import Emoji
 from diffrl.errors import DiffRLError
+from diffrl.restore import restore
 from diffrl.rewards.closed_form import Softmax
+from diffrl.settings_file import read
 
 
 def test_a_device_that_is_full_before_anything_is_drawn_is_named(monkeypatch):
@@ -31,6 +34,14 @@ def test_the_denoiser_is_compiled_where_it_is_asked_for_and_its_weights_keep_the
     assert plain._compiled_call_impl is None
     assert compiled._compiled_call_impl is not None  # compiled by its first call
     assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def test_of_a_finished_run_nothing_is_compiled(learnt_run, tmp_path):
+    run = shutil.copytree(learnt_run, tmp_path / "run")
+    settings = run / "config.yaml"
+    settings.write_text(settings.read_text().replace("compile: false", "compile: true"))
+    assert read(settings).env.compile
+    assert restore(run, {})[1].unet._compiled_call_impl is None
 
 
 def test_no_stream_of_a_run_is_the_env_s_own():
