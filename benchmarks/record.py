@@ -17,9 +17,7 @@ from diffrl import settings_file
 from diffrl.benchmarks.provenance import provenance
 from diffrl.errors import DiffRLError
 from diffrl.log import evaluations
-from diffrl.restore import measure, restore
-
-_SEED = 42  # `diffrl eval`'s
+from diffrl.restore import measure, restore, settings_of
 
 
 def record(run: Path, name: str, out: Path, *, num_pictures: int = 512, command: str | None = None) -> Path:
@@ -42,10 +40,10 @@ def record(run: Path, name: str, out: Path, *, num_pictures: int = 512, command:
     setup, policy, reward = restore(run, {})
     if not grids:
         raise DiffRLError(f"{run}: no grid in {run / 'pictures'}; let the run come to its end.")
-    trained = command or settings_file.command(setup.config, here=False)
+    trained = command or settings_file.command(settings_of(run), here=False)
     found: dict[str, Any] = {"command": f"{trained}; diffrl eval RUN --json -n {num_pictures}"}
     found |= provenance() | {"minutes": [*evaluations(run)][-1]["spent/seconds"] / 60}
-    found |= measure(setup, policy, reward, num_pictures, _SEED)
+    found |= measure(setup, policy, reward, num_pictures)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(grids[-1], out / f"{name}.png")
     file = out / f"{name}.json"

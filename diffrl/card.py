@@ -19,7 +19,7 @@ from diffrl.evaluate import GRID_COLUMNS, picture_grid
 from diffrl.log import evaluations
 from diffrl.plot import picture, training
 from diffrl.policy import Policy
-from diffrl.restore import measure
+from diffrl.restore import measure, settings_of
 from diffrl.rewards.log_likelihood import LogLikelihood
 from diffrl.tables import control_rows
 from diffrl.types import EVALUATION_SEED, NO_LABEL, Reward, every_label
@@ -113,7 +113,7 @@ def write(
         seed=EVALUATION_SEED,
         table=control_rows(measures, reward) if isinstance(reward, LogLikelihood) else [],
         curves=_draw_curves(run, folder / "curves.png"),
-        command=settings_file.command(config, here=False),
+        command=settings_file.command(settings_of(run), here=False),
         versions={"diffrl": __version__, "torch": torch.__version__, "Python": platform.python_version()}
         | {library: version(library) for library in _LIBRARIES},
         compared=compared,

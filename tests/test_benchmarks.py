@@ -34,6 +34,14 @@ class TestRecord:
         assert len(grids) > 1
         assert (tmp_path / "mine.png").read_bytes() == grids[-1].read_bytes()
 
+    def test_its_command_is_the_one_that_trained_it(self, learnt_run, tmp_path):
+        """Not that of the run as it is restored: without its data, nothing compiled."""
+        run = shutil.copytree(learnt_run, tmp_path / "run")
+        settings = run / "config.yaml"
+        settings.write_text(settings.read_text().replace("compile: false", "compile: true"))
+        found = json.loads(record.record(run, "mine", tmp_path, num_pictures=4).read_text())
+        assert " env.compile=true " in found["command"]
+
     def test_a_run_without_a_picture_is_refused(self, learnt_run, tmp_path, capsys):
         run = tmp_path / "run"
         shutil.copytree(learnt_run, run, ignore=shutil.ignore_patterns("*.png"))

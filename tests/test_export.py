@@ -281,6 +281,8 @@ class TestNothingIsHalfWritten:
         )
         diffrl.export.export(run, tmp_path / "out", "diffusers", num_pictures=1)
         assert seen == [False]
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "env.precision=bf16" in card  # the command is the run's own
 
     def test_a_layer_that_the_format_loses_is_named(self, learnt_run, tmp_path, capsys, monkeypatch):
         true = diffrl.export.convert_state_dict_to_kohya
