@@ -52,20 +52,19 @@ def measure(row: str, words: list[str], rounds: int) -> dict[str, Any]:
     take, policy = _work(row, setup, algo, reward)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    held, seconds, calls, counted = peak_memory(cuda), [], 0, 0
+    held, seconds, calls = peak_memory(cuda), [], 0
+    compiled = setup.config.env.compile
+    counted = count_flops(take) if compiled else 0  # a round in which they are counted is not compiled
     for number in range(rounds):
         calls, begin = policy.num_calls, now(cuda)
-        if number:
+        if number or compiled:
             take()
         else:
             counted = count_flops(take)
         seconds.append(now(cuda) - begin)
         calls = policy.num_calls - calls
-        if rounds > 1 and not number:
-            if setup.config.env.compile:  # the round that counts does not
-                take()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
+        if cuda and rounds > 1 and not number:
+            torch.cuda.reset_peak_memory_stats()
     pictures = algo.micro_batch_size
     kept = {}
     if hasattr(algo, "truncation") and row != "sampling":

@@ -285,7 +285,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.full_width_update:
         defaults |= {"steps": 2, "micro_batch": 1, "rounds": 1, "rows": ["ctrl, full", "ddpo"]}
         options.words, options.scaling = [*_FULL_WIDTH, *options.words], False
-    if options.precision in (None, "fp32", "tf32"):  # then it is the row above it once more
+    same = ("tf32",) if torch.cuda.is_available() else ("tf32", "fp32")
+    if _precision(options) in same:  # then it is the row above it once more
         defaults["rows"] = [row for row in defaults["rows"] if not row.endswith("tf32")]
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -293,6 +294,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.words += ["env.random_weights=true"] if options.random_weights else []
     options.words += [f"env.precision={options.precision}"] if options.precision else []
     return options
+
+
+def _precision(options: argparse.Namespace) -> str:
+    """Return what the rows will have, of the option, the words or the env."""
+    words = {config.key_of(word): word.partition("=")[2] for word in options.words}
+    env = config.GROUPS["env"].get(words.get("env", "emoji"))
+    return str(options.precision or words.get("env.precision") or getattr(env, "precision", "fp32"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,6 +27,8 @@ _FULL = "The model alone does not fit beside what else is there: end that, or ta
 class Setup:
     """The loaded model of a config, and what is made from it.
 
+    Whether a GPU rounds float32 products (`env.precision`) holds for the process: the last one made says.
+
     Raises:
         DiffRLError: settings that contradict each other, before anything is loaded or written.
     """
@@ -65,7 +67,7 @@ class Setup:
         )
         if self.config.env.compile:
             # adapters on or off, a graph or none, a few batch sizes of each: past the limit all is eager
-            torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
+            torch._dynamo.config.cache_size_limit = _MOST_COMPILATIONS  # its name in torch 2.6 too
             policy.unet.compile()  # in place: its weights keep their names
         return policy
 
