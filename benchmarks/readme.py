@@ -7,12 +7,14 @@ The pages are the README and those of `docs/`. A table lies between `<!-- table:
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffrl.benchmarks.summary import SPENT, first_of
 
 _ROOT = Path(__file__).resolve().parents[1]
+_SINGLE = ("two_labels_by_hand", "layers_one_label", "layers_two_labels")
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,14 +26,12 @@ def written(text: str, results: Path) -> str:
         "exact": _exact,
         "families": lambda results: _suite(results / "emoji.json", *SPENT),
     }
+    known |= {name: partial(_single, name=name) for name in _SINGLE}
 
     def table(name: str) -> str:
         if name in known:
             return known[name](results)
-        suite = results / f"{name}.json"
-        if suite.is_file():
-            return _suite(suite, "pictures drawn")
-        return _single(_read(results / "layers.json")["tables"][name])
+        return _suite(results / f"{name}.json", "pictures drawn")
 
     return _BLOCK.sub(lambda block: f"{block[1]}{table(block[2])}\n{block[3]}", text)
 
@@ -122,8 +122,9 @@ def _exact(results: Path) -> str:
     return _markdown(heading, rows)
 
 
-def _single(table: dict[str, Any]) -> str:
+def _single(results: Path, name: str) -> str:
     """Return runs of one seed each, by their titles."""
+    table = _read(results / "layers.json")["tables"][name]
     measures = ("accuracy", "prompt_fidelity", "kl_nats")
     rows = [[run["title"], *(_short(run[name]) for name in measures)] for run in table["runs"]]
     return _markdown([table["heading"], table["accuracy"], "fidelity", "KL (nats)"], rows)

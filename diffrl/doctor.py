@@ -117,9 +117,12 @@ def _advised(config: Config, finding: Finding) -> Finding:
     parts: dict[str, Any] = {name: getattr(config, name) for name in ("algo", "env", "reward")}
     words = {name: getattr(part, "chosen_by", chosen(config, name)) for name, part in parts.items()}
     known = {"word": SimpleNamespace(**words)}
+    spent = _SPENT
+    if getattr(config.env, "precision", "") == "tf32" and not torch.cuda.is_available():
+        spent = spent | {"env.precision": "tf32"}  # which is fp32 there
     for name, part in parts.items():
         settings = {field.name: getattr(part, field.name) for field in fields(part)}
-        left = {key: value for key, value in settings.items() if value != _SPENT.get(f"{name}.{key}")}
+        left = {key: value for key, value in settings.items() if value != spent.get(f"{name}.{key}")}
         known[name] = SimpleNamespace(**left)
     fitting = []
     for mend in finding.mends:

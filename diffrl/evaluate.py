@@ -215,16 +215,15 @@ def picture_grid(
     actor: Guidance,
     prompts: list[str],
     *,
-    columns: int = GRID_COLUMNS,
     seed: int = EVALUATION_SEED,
     labels: Tensor | None = None,
 ) -> Image.Image:
-    """Return pictures, one column a prompt, which come again where they are too few, and its own noise.
+    """Return pictures: a column for each of the first prompts, again from the first where they are too few.
 
     The first row is the pretrained model's; then one row a label of `labels` `[C, A]`, by default each
     there is, or one row if there are none. Every row has the same noise.
     """
-    env, words = actor.env, (prompts * columns)[:columns]
+    env, words = actor.env, (prompts * GRID_COLUMNS)[:GRID_COLUMNS]
     labels = every_label(env.reward.num_classes) if labels is None else labels
     null = torch.full_like(labels[:1], NO_LABEL)
     rows: list[Tensor] = []

@@ -14,7 +14,7 @@ class Emoji(SD15):
     """The MDP over the embedded model's latents: 16 x 16 x 4, pictures of 64 px."""
 
     model: str = str(ASSET)
-    precision: str = "fp32"  # as sd15's; in float32 nats are true on a GPU as well
+    precision: str = "fp32"  # as for sd15; here whole float32, so that nats are true on a GPU too
     num_steps: int = 10  # T; chosen: fidelity and spread as at 20, in half the time
     guidance_scale: float = 1.0  # of the prompt; 1: it is distilled into the weights
     checkpointing: bool = False  # recompute activations; this model is small enough to keep them

@@ -14,7 +14,7 @@ class SD15:
 
     model: str = DEFAULT_MODEL  # hub id, diffusers folder, or .safetensors file of the original layout
     revision: str | None = None  # branch, tag or commit of a hub id; null: its main branch
-    precision: str = "tf32"  # fp32; tf32: a GPU rounds factors; bf16, fp16 (no training): the denoiser's
+    precision: str = "tf32"  # fp32; tf32: a GPU rounds products; bf16, fp16 (draws only): the denoiser
     image_size: int | None = None  # pixels a side; null: the model's own, 512
     random_weights: bool = False  # no download, the architecture alone: its speed, not its pictures
     num_steps: int = 50  # T; CTRL, Table 2

@@ -114,6 +114,14 @@ def test_what_rounding_alone_makes_after_a_step_is_found_in_half_precision(tiny_
     assert "To mend it set env.precision=fp32 instead of bf16, or take fewer" in ratios
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU rounds what is called tf32")
+def test_on_a_cpu_it_does_not_advise_fp32_for_tf32(tiny_path):
+    words = ["algo=ddpo", "reward=jpeg", "env.guidance_scale=7.5", "env.num_steps=20", "env.precision=tf32"]
+    settings = config.load([f"env.model={tiny_path}", *words])
+    wrong = doctor.Finding("ratios", "2", False, "rounded", doctor._AGAINST_ROUNDING)
+    assert "env.precision" not in doctor._advised(settings, wrong).advice
+
+
 def test_an_algorithm_that_trains_nothing_has_no_gradients_to_look_at(tiny_path):
     found = findings(tiny_path, "algo=none", "reward=jpeg")
     assert unsound(found) == []

@@ -60,7 +60,7 @@ class ClassifierFreeGuidance(Guidance):
         return without + self.scale * (eps - without)
 
     def _three_way(self, obs: Observation) -> Tensor:
-        """Return the same in one call of three parts: each guided by itself would ask e(0, 0) once more."""
+        """Return the three-way prediction in one call: two guided ones would ask e(0, 0) twice."""
         embeds, no_label = obs["prompt_embeds"], without_label(obs)["label"]
         three: Observation = {
             "latents": obs["latents"].repeat(3, 1, 1, 1),

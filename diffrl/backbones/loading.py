@@ -167,9 +167,10 @@ def _find(model: str, revision: str | None) -> Path:
 
 
 def _is_cached(model: str, revision: str | None) -> bool:
-    """Return whether the config of the largest part is there already."""
-    cache = constants.HF_HUB_CACHE
-    return isinstance(try_to_load_from_cache(model, CONFIG_FILES["unet"], cache, revision), str)
+    """Return whether the weights of the largest part are there already, by any of their names."""
+    stem, cache = f"unet/{NETWORKS[0].weights}", constants.HF_HUB_CACHE
+    files = (f"{stem}{end}" for end in (".safetensors", ".bin", _FP16))
+    return any(isinstance(try_to_load_from_cache(model, file, cache, revision), str) for file in files)
 
 
 def _is_hub_id(model: str) -> bool:
