@@ -41,8 +41,8 @@ def test_it_counts_the_network_calls_that_training_makes(words, tiny_path, tmp_p
     # before the first update and after the second; the last one of four times as many pictures:
     # each picture by policy and reference, in batches of 4, and one batch more to be timed
     assert told["evaluate"].calls == (2 * (2 + 1) + (4 * 2 + 1)) * 4 * 3
-    # three times, four columns, and a row more for each of two labels
-    assert told["draw the grids"].calls == 3 * 4 * 3 * (3 if "algo=ctrl" in words else 2)
+    # three times, eight columns, four at a time, and a row more for each of two labels
+    assert told["draw the grids"].calls == 3 * 8 * 3 * (3 if "algo=ctrl" in words else 2)
     assert all(stage.seconds > 0 for stage in told.values())
     if "algo=ctrl" in words:
         assert told["draw the offline data set"].calls == 128 * 3
@@ -133,4 +133,4 @@ def test_the_table_has_the_whole_run_below(tiny_path, capsys):
     assert main(["plan", *words, "algo.minibatches=1", "algo.batch_size=2", "algo.micro_batch_size=2"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     # evaluations and grids as above; three updates of two pictures, each drawn, and learnt from, in 3 steps
-    assert last.split()[:3] == ["whole", "run", f"{180 + 72 + 3 * 2 * 2 * 3:,}"]
+    assert last.split()[:3] == ["whole", "run", f"{180 + 144 + 3 * 2 * 2 * 3:,}"]

@@ -231,7 +231,7 @@ def test_accelerate_s_own_command_shares_a_run(tmp_path):
     command = [*launcher, "-m", "diffrl.cli", *words, "name=two"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("two: done in") == 1
+    assert "".join(done.stdout.split()).count("two:donein") == 1  # the terminal breaks lines where it will
     assert main([*words, "name=one"]) == 0
     for one, several in zip(numbers(tmp_path / "one"), numbers(tmp_path / "two"), strict=True):
         assert one.keys() == several.keys()
