@@ -137,8 +137,16 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
     of a job's mistake when all are done, and ends the process.
 
     Raises:
-        DiffRLError: a word that does not parse, an env among several that has a reward of its own.
+        DiffRLError: a word that does not parse, an env among several that has a reward of its own, a
+            component from a file for a launcher whose processes know nothing of it.
     """
+    launcher = next((w for w in overrides if w.startswith("hydra/launcher=") and w[15:] != "basic"), None)
+    files = [word for word in overrides if key_of(word) in GROUPS and ".py:" in word]
+    if launcher and files:
+        raise DiffRLError(
+            f"{files[0]} {launcher}: its processes cannot take a component from a file; sweep in turn, "
+            "without a launcher."
+        )
     overrides = [_registered(word) for word in overrides]
     words = [word for word in overrides if key_of(word) != "hydra/launcher"]
     try:

@@ -51,6 +51,10 @@ def test_mistakes_in_a_sweep_are_named(tmp_path, monkeypatch, capsys):
     assert "~eval_scales: not of the form key=value" in fails(
         capsys, "train", "-m", "~eval_scales", "seed=0,1"
     )
+    launched = ("algo=mine.py:Mine", "seed=0,1", "hydra/launcher=joblib")
+    assert "algo=mine.py:Mine hydra/launcher=joblib: its processes cannot" in fails(
+        capsys, "train", "-m", *launched
+    )
     assert "give reward=" in fails(capsys, "train", "-m", "env=emoji,gaussian_mixture")
     with pytest.raises(SystemExit):
         main(["train", "-m", "env=gaussian_mixture", "algo.gamma=-1,-2", "algo=ctrl"])
