@@ -140,11 +140,13 @@ def sweep(overrides: list[str], job: Callable[[Config], object]) -> None:
         DiffRLError: a word that does not parse, an env among several that has a reward of its own, a
             component from a file for a launcher whose processes know nothing of it.
     """
-    launcher = next((w for w in overrides if w.startswith("hydra/launcher=") and w[15:] != "basic"), None)
+    launchers = [
+        word for word in overrides if key_of(word) == "hydra/launcher" and not word.endswith("=basic")
+    ]
     files = [word for word in overrides if key_of(word) in GROUPS and ".py:" in word]
-    if launcher and files:
+    if launchers and files:
         raise DiffRLError(
-            f"{files[0]} {launcher}: its processes cannot take a component from a file; sweep in turn, "
+            f"{files[0]} {launchers[0]}: its processes cannot take a component from a file; sweep in turn, "
             "without a launcher."
         )
     overrides = [_registered(word) for word in overrides]
